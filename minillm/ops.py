@@ -1,0 +1,52 @@
+"""Operation name + implementation -> function: the only module that imports `kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels.attention
+from kernels.attention import cost as attention_cost
+
+__all__ = ["attention_cost", "op"]
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """PyTorch's own fused attention, which picks a kernel for the tensors' device."""
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+
+
+def op(name: str, impl: str = "auto") -> Callable[..., Tensor]:
+    """The function that carries out operation `name`.
+
+    `impl="reference"` is the plain PyTorch definition that everything else is tested against;
+    `impl="auto"` is the fastest one that gives the same numbers.
+
+    Raises ValueError for an unknown name or implementation, listing the known ones.
+
+    >>> op("attention", "reference").__module__
+    'kernels.attention'
+    >>> op("attention", "magic")
+    Traceback (most recent call last):
+        ...
+    ValueError: impl='magic' of 'attention' is unknown; choose one of ['auto', 'reference']
+    """
+    table: dict[str, dict[str, Callable[..., Tensor]]] = {
+        "attention": {"auto": _sdpa, "reference": kernels.attention.reference},
+        "attention_weights": {
+            "auto": kernels.attention.weights,
+            "reference": kernels.attention.weights,
+        },
+    }
+    if name not in table:
+        raise ValueError(f"operation {name!r} is unknown; choose one of {sorted(table)}")
+    if impl not in table[name]:
+        raise ValueError(
+            f"impl={impl!r} of {name!r} is unknown; choose one of {sorted(table[name])}"
+        )
+    return table[name][impl]
