@@ -28,6 +28,7 @@ from pathlib import Path
 import tyro
 
 from minillm.data import corpora, stories
+from minillm.paths import ASSETS
 from minillm.tokenizers import BPE, COURSE_TOKENIZER, train_bpe
 from minillm.tokenizers.pretokenize import DIGITS_PATTERN
 
@@ -36,7 +37,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|sy
 STORIES = 3000
 CHINESE_TEXT = 5
 CHINESE_CHARACTERS = 40
-_CHINESE = Path(__file__).resolve().parents[2] / "assets" / "data" / "chinese.txt"
+_CHINESE = ASSETS / "data" / "chinese.txt"
 
 
 def texts(seed: int = 0) -> Iterator[str]:
