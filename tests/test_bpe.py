@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import regex
 from hypothesis import given, settings
@@ -359,6 +361,32 @@ def test_the_cache_is_bounded(monkeypatch, bpe):
     assert fresh.encode(text) == bpe.encode(text)
     assert 0 < len(fresh._cache) <= 10
     assert max(map(len, fresh._cache)) <= bpe_module.CACHE_LENGTH
+
+
+def test_decode_takes_integers_of_any_kind(bpe):
+    ids = bpe.encode("low lower")
+    assert bpe.decode(np.array(ids, dtype=np.uint16)) == "low lower"
+    with pytest.raises(TypeError, match="float"):
+        bpe.decode([97.5])
+
+
+def test_ids_beyond_sixteen_bits():
+    # A piece is held as characters chr(id); 0xD800 to 0xDFFF are surrogates, which are no text.
+    pairs = [(bytes([a]), bytes([b])) for a in range(256) for b in range(256)]
+    vocab = dict(enumerate([bytes([i]) for i in range(256)] + [a + b for a, b in pairs]))
+    wide = BPE(vocab, pairs, ["<s>"])
+    for a, b in ((0, 0), (65, 66), (0xD7, 0), (0xDF, 0xFF), (0xE0, 1), (255, 255)):
+        assert wide.encode_bytes(bytes([a, b])) == [256 + 256 * a + b]
+    assert wide.encode("ABC<s>", allowed_special="all") == [256 + 256 * 65 + 66, 67, 256 + 65536]
+    filled = {**{i: bytes([i]) for i in range(256)}, 0xD7FE: b"filler"}
+    merges = bpe_train.learn_merges({"abcabc": 3, "bcd": 1}, filled, 6)
+    assert merges == brute_force_merges("abcabc\n" * 3 + "bcd", 6, pattern=r"\w+")
+    assert list(filled)[257:] == [0xD7FF + i for i in range(len(merges))]
+
+
+def test_tokenizers_travel_between_processes(bpe):
+    copied = pickle.loads(pickle.dumps(bpe))
+    assert copied.encode("lower é") == bpe.encode("lower é") and copied.vocab == bpe.vocab
 
 
 # --- streaming

@@ -102,12 +102,12 @@ def test_sampler_follows_the_probabilities():
 
 
 def test_sampled_mean_agrees_with_the_exact_entropy():
-    n = 3000
+    n = 2000
     nats = [-stories.log_prob(text) for text in stories.generate(n, seed=0)]
     mean = sum(nats) / n
     standard_error = math.sqrt(sum((x - mean) ** 2 for x in nats) / (n - 1) / n)
     assert abs(mean - stories.entropy()) < 3 * standard_error
-    assert standard_error < 0.1
+    assert standard_error < 0.12
     assert 40 < stories.entropy() < 80
 
 

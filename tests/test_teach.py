@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.paths import ROOT
-from minillm.teach import check, claims, doctor, plots, show, viewers, widgets
+from minillm.teach import check, claims, coursemap, doctor, plots, quiz, show, viewers, widgets
 from minillm.teach.doctor import Machine, examine, read_pins, report, triton_mode
 
 pytestmark = pytest.mark.usefixtures("closed_figures")
@@ -70,7 +70,7 @@ def test_doctor_needs_nothing_but_python():
 
 # --- doctor --------------------------------------------------------------------------------------
 
-PACKAGES = dict.fromkeys((*doctor.PACKAGES, *doctor.JUPYTER), "1.0")
+PACKAGES = dict.fromkeys((*doctor.PACKAGES, *doctor.TOOLS, *doctor.JUPYTER), "1.0")
 HEALTHY = Machine(
     python=(3, 12, 1),
     system="Linux",
@@ -738,6 +738,159 @@ def test_token_view_follows_what_is_typed():
     assert "3 tokens" in plain(shown.html.value)
     shown.text.value = "hey!"
     assert "&lt;shouting&gt;" in shown.html.value
+
+
+# --- quiz ----------------------------------------------------------------------------------------
+
+ASKED = quiz.read_questions(ROOT / "assets" / "data" / "selfcheck.csv")
+
+
+def test_the_self_check_has_ten_sound_questions():
+    assert len(ASKED) == 10
+    letters = [question.answer for question in ASKED]
+    assert max(letters.count(letter) for letter in "abcd") <= 4, "no letter gives it away"
+    assert all(question.why.endswith(".") for question in ASKED)
+
+
+def test_grade():
+    right = {i: question.answer for i, question in enumerate(ASKED)}
+    assert quiz.grade(ASKED, right) == [True] * 10
+    wrong = {i: "b" if letter == "a" else "a" for i, letter in right.items()}
+    assert quiz.grade(ASKED, wrong) == [False] * 10
+    assert quiz.grade(ASKED, {3: right[3], 4: None}) == [None] * 3 + [True] + [None] * 6
+    with pytest.raises(ValueError, match="no question 10"):
+        quiz.grade(ASKED, {10: "a"})
+    with pytest.raises(ValueError, match="'e' is no choice"):
+        quiz.grade(ASKED, {0: "e"})
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"), [(("x", "y"), "c"), (("x", "x"), "a"), (("x",), "a"), (("x", ""), "a")]
+)
+def test_unsound_questions_are_refused(choices, answer):
+    with pytest.raises(ValueError, match="1 \\+ 1"):
+        quiz.Question("1 + 1?", choices, answer, "count")
+
+
+def test_quiz_answers_when_a_button_is_pressed():
+    shown = quiz.Quiz(ASKED)
+    assert shown.notes[0].value == "" and set(shown.answers().values()) == {None}
+    shown.radios[0].value = ASKED[0].answer
+    assert "Right." in shown.notes[0].value and "1 of 1 right" in shown.score.value
+    shown.radios[1].value = "a" if ASKED[1].answer != "a" else "b"
+    assert "Not quite." in shown.notes[1].value and "1 of 2 right" in shown.score.value
+    assert shown.notes[2].value == "", "no answer is given away"
+
+
+def test_the_static_page_folds_every_answer():
+    fragment = quiz.static_html(ASKED)
+    folded = re.findall(r"<details[^>]*>.*?</details>", fragment)
+    assert len(folded) == 10
+    unfolded = re.sub(r"<details[^>]*>.*?</details>", "", fragment)
+    assert all(html.escape(q.why) in f for q, f in zip(ASKED, folded, strict=True))
+    assert not any(html.escape(q.why) in unfolded for q in ASKED)
+    assert quiz.Quiz(ASKED)._repr_mimebundle_()["text/html"] == fragment
+
+
+# --- the map -------------------------------------------------------------------------------------
+
+CHAPTERS = coursemap.read_chapters()
+
+
+def test_the_map_knows_the_whole_course():
+    assert [chapter.number for chapter in CHAPTERS] == [f"{i:02}" for i in range(33)]
+    assert len({chapter.part for chapter in CHAPTERS}) == 6
+    assert all(chapter.question for chapter in CHAPTERS)
+
+
+def test_every_chapter_folder_is_on_the_map():
+    on_map = {f"{chapter.number}_{chapter.name}" for chapter in CHAPTERS}
+    folders = {path.name for path in (ROOT / "chapters").iterdir() if path.is_dir()}
+    assert folders <= on_map
+
+
+def test_way_to_is_closed_and_in_order():
+    """Against a fixed point: add what members need until nothing changes."""
+    needs = {chapter.number: set(chapter.needs) for chapter in CHAPTERS}
+    for goal in needs:
+        closure = {goal}
+        while closure != (grown := closure.union(*(needs[number] for number in closure))):
+            closure = grown
+        way = coursemap.way_to(CHAPTERS, goal)
+        assert set(way) == closure and way == sorted(way) and way[-1] == goal and way[0] == "00"
+    with pytest.raises(ValueError, match="'99'"):
+        coursemap.way_to(CHAPTERS, "99")
+
+
+def test_only_what_is_there_is_called_available(tmp_path):
+    assert coursemap.available(CHAPTERS, tmp_path) == set()
+    (tmp_path / "03_attention").mkdir()
+    assert coursemap.available(CHAPTERS, tmp_path) == set(), "a folder is not yet a lecture"
+    (tmp_path / "03_attention" / "lecture.ipynb").write_text("{}")
+    assert coursemap.available(CHAPTERS, tmp_path) == {"03"}
+
+
+def test_a_chapter_cannot_need_a_later_one(tmp_path):
+    lines = ["number,name,title,part,needs,question", "00,a,a,p,01,?", "01,b,b,p,,?"]
+    (tmp_path / "chapters.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"00 needs \['01'\]"):
+        coursemap.read_chapters(tmp_path / "chapters.csv")
+
+
+def test_the_map_shows_every_chapter_and_its_texts_fit():
+    plots.use_style()
+    fig = coursemap.map_figure(CHAPTERS, {"00", "03"}, goal="20")
+    fig.canvas.draw()
+    ax = fig.axes[0]
+    boxes = [patch for patch in ax.patches if patch.get_width() > 0.5]
+    assert len(boxes) == 33
+    white = matplotlib.colors.to_rgb("white")
+    filled = [box for box in boxes if box.get_facecolor()[:3] != white]
+    assert len(filled) == 2
+    faded = [box for box in boxes if box.get_alpha() < 1]
+    assert len(faded) == 33 - len(coursemap.way_to(CHAPTERS, "20"))
+    for chapter in CHAPTERS:
+        text = next(t for t in ax.texts if t.get_text().replace("\n", " ") == chapter.title)
+        inside = text.get_window_extent()
+        assert any(
+            box.get_window_extent().padded(2).containsx(inside.x1)
+            and box.get_window_extent().containsx(inside.x0)
+            and box.get_window_extent().containsy((inside.y0 + inside.y1) / 2)
+            for box in boxes
+        ), chapter.title
+
+
+# --- published figures ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["models.csv", "training_runs.csv"])
+def test_published_figures_have_sources_and_plausible_sizes(name):
+    with (ROOT / "assets" / "data" / name).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 12 and len({row["model"] for row in rows}) == len(rows)
+    for row in rows:
+        assert re.fullmatch(r"20\d\d-[01]\d", row["date"]), row
+        assert re.search(r", 20\d\d\b", row["source"]), row
+        assert 1e7 < float(row["parameters"]) < 2e12
+        tokens = row.get("tokens")
+        assert not tokens or 1e11 < float(tokens) < 2e12, "a count 1e4 too large is a misprint"
+
+
+def test_point_labels_avoid_each_other_and_the_points():
+    plots.use_style()
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0, 10, 14), rng.uniform(0, 10, 14)
+    fig, ax = plt.subplots()
+    ax.plot(x, y, "o")
+    texts = plots.label_points(ax, x, y, [f"model {i}" for i in range(14)])
+    renderer = fig.canvas.get_renderer()
+    boxes = []
+    for text in texts:
+        text.update_positions(renderer)
+        boxes.append(matplotlib.text.Text.get_window_extent(text, renderer))
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    points = ax.transData.transform(np.column_stack([x, y]))
+    assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 def test_the_style_is_set_and_legible():

@@ -80,6 +80,25 @@ class Filter:
         return self.low <= self.score(document) <= self.high
 
 
+def kept_by(
+    scores: Mapping[str, np.ndarray], ranges: Mapping[str, tuple[float, float]]
+) -> np.ndarray:
+    """Which documents pass all filters at once, from scores computed before: bool [documents].
+
+    `scores[name]` is [documents], `ranges[name]` the lowest and the highest score kept. Raises
+    ValueError for a range without scores.
+
+    >>> kept_by({"a": np.array([1.0, 2.0, np.nan]), "b": np.zeros(3)}, {"a": (1, 2)}).tolist()
+    [True, True, False]
+    """
+    if unknown := sorted(set(ranges) - set(scores)):
+        raise ValueError(f"no scores for {unknown}, there are {sorted(scores)}")
+    kept = np.ones(len(next(iter(scores.values()))) if scores else 0, dtype=bool)
+    for name, (low, high) in ranges.items():
+        kept &= (scores[name] >= low) & (scores[name] <= high)
+    return kept
+
+
 def words(text: str) -> list[str]:
     """The words of `text` in lower case: runs of letters, an apostrophe inside allowed."""
     return WORD.findall(text.lower())
@@ -246,9 +265,9 @@ def train_classifier(
     if not positive or not negative:
         raise ValueError(f"both classes need texts, got {len(positive)} and {len(negative)}")
     x = np.stack([hashed_ngrams(text, buckets) for text in [*positive, *negative]])
-    y = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
-    share = np.where(y == 1, 0.5 / len(positive), 0.5 / len(negative))
-    w, b, v_w, v_b = np.zeros(buckets), 0.0, np.zeros(buckets), 0.0
+    y = np.repeat([1.0, 0.0], [len(positive), len(negative)]).astype(np.float32)
+    share = np.where(y == 1, 0.5 / len(positive), 0.5 / len(negative)).astype(np.float32)
+    w, b, v_w, v_b = np.zeros(buckets, np.float32), 0.0, np.zeros(buckets, np.float32), 0.0
     for _ in range(steps):
         error = share * (1 / (1 + np.exp(-(x @ w + b))) - y)
         v_w = 0.9 * v_w - lr * (x.T @ error + l2 * w)

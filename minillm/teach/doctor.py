@@ -28,7 +28,8 @@ OLDEST_TORCH = (2, 11)
 TRITON_FOR = {(2, 11): (3, 6), (2, 13): (3, 7)}  # each PyTorch is built against one Triton
 SMALLEST_RAM = 4.0  # GB; the lectures peak below 2, JupyterLab and a browser want the rest
 SMALLEST_DISK = 2.0  # GB left, for downloads, shards and checkpoints
-PACKAGES = ("numpy", "einops", "matplotlib", "tqdm", "tiktoken", "safetensors", "regex", "pandas")
+PACKAGES = ("numpy", "einops", "matplotlib", "tqdm", "pandas", "regex")
+TOOLS = ("tiktoken", "safetensors", "tyro", "cloudpickle", "psutil")
 JUPYTER = ("jupyterlab", "ipykernel", "ipywidgets", "nbclient", "nbgrader")
 
 
@@ -76,7 +77,7 @@ def probe(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Machin
         torch=_version("torch"),
         gpu=_gpu(),
         triton=_version("triton"),
-        packages={name: _version(name) for name in (*PACKAGES, *JUPYTER)},
+        packages={name: _version(name) for name in (*PACKAGES, *TOOLS, *JUPYTER)},
         chromium=next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None),
         environ=dict(environ or {}),
     )
@@ -94,6 +95,7 @@ def examine(machine: Machine, pins: Mapping[str, str] | None = None) -> list[Fin
         _triton(machine, pins),
         _disk(machine),
         _group("packages", PACKAGES, machine, pins),
+        _group("tools", TOOLS, machine, pins),
         _group("Jupyter", JUPYTER, machine, pins),
         Finding("Chromium", machine.chromium or "none (only the browser test would use it)"),
     ]
@@ -202,7 +204,7 @@ def _group(name: str, wanted: Sequence[str], machine: Machine, pins: Mapping[str
     if missing:
         fix = "pip install " + " ".join(_pinned(package, pins) for package in missing)
         return Finding(name, f"missing: {', '.join(missing)}", fix)
-    return Finding(name, ", ".join(f"{p} {machine.packages[p]}" for p in wanted))
+    return Finding(name, ", ".join(f"{package} {machine.packages[package]}" for package in wanted))
 
 
 def _pinned(package: str, pins: Mapping[str, str]) -> str:

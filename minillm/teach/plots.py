@@ -167,6 +167,7 @@ def label_points(
             color=color,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkB": 3},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
         )
         for dx, dy, radius in tries:
             text.set_position((dx * radius, dy * radius))
@@ -203,16 +204,23 @@ def label_bars(ax: Axes, fmt: str = "{:.3g}", fontsize: float = 12) -> list[Text
     return labels
 
 
-def bound(ax: Axes, y: float, label: str, axis: str = "y", color: str = MUTED) -> Line2D:
+def bound(
+    ax: Axes,
+    y: float,
+    label: str,
+    axis: str = "y",
+    color: str = MUTED,
+    below: bool = False,
+) -> Line2D:
     """Draw a bound or a reference value as a dashed line with its name on it.
 
-    `axis="y"` draws a horizontal line at height y, `axis="x"` a vertical one. Raises ValueError
-    for another axis.
+    `axis="y"` draws a horizontal line at height y, `axis="x"` a vertical one. `below` puts the
+    name on the other side of a horizontal line. Raises ValueError for another axis.
     """
     if axis == "y":
         line = ax.axhline(y, color=color, linestyle="--", linewidth=1.6, zorder=1.5)
         place = {"xy": (0.995, y), "xycoords": ("axes fraction", "data"), "ha": "right"}
-        offset, rotation = (0, 4), 0
+        offset, rotation = (0, -4 if below else 4), 0
     elif axis == "x":
         line = ax.axvline(y, color=color, linestyle="--", linewidth=1.6, zorder=1.5)
         place = {"xy": (y, 0.99), "xycoords": ("data", "axes fraction"), "ha": "right"}
@@ -224,7 +232,7 @@ def bound(ax: Axes, y: float, label: str, axis: str = "y", color: str = MUTED) -
         xytext=offset,
         textcoords="offset points",
         rotation=rotation,
-        va="bottom" if axis == "y" else "top",
+        va="bottom" if axis == "y" and not below else "top",
         color=color,
         fontsize=12,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},

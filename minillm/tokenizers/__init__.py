@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from minillm.paths import ASSETS
 from minillm.tokenizers.bpe import BPE
 from minillm.tokenizers.bpe_train import extend, train_bpe
 from minillm.tokenizers.chat import Chat, Message, render
 from minillm.tokenizers.export import to_huggingface_json, to_tiktoken
 
-COURSE_TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "models" / "tokenizer.json"
+COURSE_TOKENIZER = ASSETS / "models" / "tokenizer.json"
 """The tokenizer of the course's models, made by `python -m minillm.recipes.tokenizer`."""
 
 __all__ = [

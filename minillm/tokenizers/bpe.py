@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 from math import inf
-from operator import add
+from operator import add, index
 from pathlib import Path
 from typing import Literal
 
 from minillm.tokenizers import bpe_file
 from minillm.tokenizers.pretokenize import GPT2_PATTERN, compile_pattern, split_special
+from minillm.tokenizers.vocabulary import check_merges, check_vocab, place_special
 
 CACHE_ENTRIES, CACHE_LENGTH = 1 << 16, 64  # remembered pieces, and the longest one remembered
 LONG_PIECE = 128  # bytes; from here on a heap beats scanning the whole piece for every merge
@@ -44,15 +47,15 @@ class BPE:
         special_tokens: Sequence[str] = (),
         pattern: str = GPT2_PATTERN,
     ) -> None:
-        self.vocab, self.special_ids = _place_special(dict(sorted(vocab.items())), special_tokens)
+        self.vocab, self.special_ids = place_special(dict(sorted(vocab.items())), special_tokens)
         self.merges = [(bytes(left), bytes(right)) for left, right in merges]
         self.pattern = pattern
         self._split = compile_pattern(pattern).findall
-        _check_vocab(self.vocab)
+        check_vocab(self.vocab)
         special = set(self.special_ids.values())
         # A piece is worked on as a string whose characters are token ids: chr(id).
         chars = {text: chr(i) for i, text in self.vocab.items() if i not in special}
-        _check_merges(self.merges, chars)
+        check_merges(self.merges, chars)
         self._chars = {text[0]: char for text, char in chars.items() if len(text) == 1}
         self._pairs = [chars[left] + chars[right] for left, right in self.merges]
         self._results = [chars[left + right] for left, right in self.merges]
@@ -132,7 +135,7 @@ class BPE:
         Single ids may hold part of a character; bytes that are not valid UTF-8 become U+FFFD, or
         raise UnicodeDecodeError (a ValueError) with `errors="strict"`.
         """
-        ids = [int(i) for i in ids]
+        ids = [index(i) for i in ids]
         try:
             return b"".join([self.vocab[i] for i in ids]).decode("utf-8", errors)
         except KeyError:
@@ -245,56 +248,11 @@ class BPE:
                 # A piece is settled once non-whitespace, and one more character, follow it.
                 known = text[start : max(start, horizon)]
                 settled = len(known[:-1].rstrip()) - 1
-                for piece in self._pieces(known):
-                    if len(piece) > settled:
-                        break
-                    ids += self._encode_pieces([piece])
-                    settled -= len(piece)
-                    start += len(piece)
+                pieces = self._pieces(known)
+                ends = list(accumulate(map(len, pieces), initial=0))
+                n = max(bisect_right(ends, settled) - 1, 0)
+                ids += self._encode_pieces(pieces[:n])
+                start += ends[n]
                 break
             start = end
         return ids, text[start:]
-
-
-def _place_special(
-    vocab: dict[int, bytes], special_tokens: Sequence[str]
-) -> tuple[dict[int, bytes], dict[str, int]]:
-    if isinstance(special_tokens, str):
-        raise ValueError(f"special_tokens={special_tokens!r} must be a list of strings")
-    ids = {text: i for i, text in vocab.items()}
-    placed = {}
-    for token in dict.fromkeys(special_tokens):
-        text = token.encode()
-        if len(text) < 2:
-            raise ValueError(f"special token {token!r} must have at least two bytes")
-        placed[token] = ids.get(text, len(vocab))
-        vocab[placed[token]] = text
-    return vocab, placed
-
-
-def _check_vocab(vocab: Mapping[int, bytes]) -> None:
-    missing = [i for i in range(len(vocab)) if i not in vocab]
-    if missing:
-        raise ValueError(f"the ids of vocab must be 0 to {len(vocab) - 1}: {missing[:5]} missing")
-    seen: dict[bytes, int] = {}
-    for i, text in vocab.items():
-        if not isinstance(text, bytes) or not text:
-            raise ValueError(f"vocab[{i}]={text!r} must be a non-empty byte string")
-        if text in seen:
-            raise ValueError(f"vocab has {text!r} twice: ids {seen[text]} and {i}")
-        seen[text] = i
-
-
-def _check_merges(merges: Sequence[tuple[bytes, bytes]], ordinary: Collection[bytes]) -> None:
-    made = {text for text in ordinary if len(text) == 1}
-    for left, right in merges:
-        for text in (left, right):
-            if text not in made:
-                raise ValueError(f"merge ({left!r}, {right!r}): no earlier merge makes {text!r}")
-        if left + right not in ordinary:
-            raise ValueError(
-                f"merge ({left!r}, {right!r}): the result is no token of the vocabulary"
-            )
-        if left + right in made:
-            raise ValueError(f"merge ({left!r}, {right!r}): an earlier merge makes this token")
-        made.add(left + right)

@@ -8,8 +8,8 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+from minillm.paths import ROOT
 from minillm.tokenizers.pretokenize import GPT2_PATTERN, cut_text, split_special, split_text
 
 CHUNK = 1 << 18  # characters; small enough that the pieces of one chunk are a passing thing
@@ -20,7 +20,6 @@ CHUNK = 1 << 18  # characters; small enough that the pieces of one chunk are a p
 _WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); import minillm.tokenizers.count as c; c.main()"
 )
-_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def ordinary_chunks(
@@ -77,7 +76,7 @@ def _count_elsewhere(chunks: list[str], pattern: str) -> dict[str, int]:
     job = json.dumps({"pattern": pattern, "chunks": chunks}).encode()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _WORKER, _ROOT], input=job, capture_output=True, check=True
+            [sys.executable, "-c", _WORKER, str(ROOT)], input=job, capture_output=True, check=True
         )
     except OSError:
         return count_chunks(chunks, pattern)

@@ -39,7 +39,7 @@ def chinese():
 
 @pytest.fixture(scope="module")
 def source():
-    return corpora.stdlib()[::6]
+    return corpora.stdlib()[::12]
 
 
 @pytest.fixture(scope="module", params=["course", "gpt2 pattern", "digits, extended"])
@@ -67,7 +67,7 @@ def test_a_whole_corpus(trio, source, chinese):
     bpe, fast, rust = trio
     text = "\n".join([*source, chinese])
     ids = bpe.encode(text)
-    assert len(text) > 1_000_000 and len(ids) < len(text) / 2
+    assert len(text) > 300_000 and len(ids) < len(text) / 2
     assert fast.encode_ordinary(text) == ids
     assert rust.encode(text).ids == ids
 
@@ -156,7 +156,7 @@ def test_merges_without_an_equal_in_tiktoken_are_refused(vocab, merges, message)
 
 def test_training_is_as_good_as_the_rust_trainer(source):
     # Ties are broken otherwise there, so a few merges differ; how well they compress must not.
-    text = source[:100]
+    text = source[:30]
     rust = tokenizers.Tokenizer.from_str(to_huggingface_json(train_bpe("a", 256)))
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
