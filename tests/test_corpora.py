@@ -392,7 +392,8 @@ def _child(code, **kwargs):
     )
 
 
-def test_disk_that_fills_up_midway(server, tmp_path):
+@pytest.mark.parametrize("room", [100_000, 255_990])  # midway; within the last chunk
+def test_disk_that_fills_up(server, tmp_path, room):
     code = f"""
 from minillm.data.download import fetch
 try:
@@ -402,7 +403,7 @@ except OSError as error:
 """
 
     def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     out, _ = _child(code, preexec_fn=small_files).communicate(timeout=60)
     assert out.startswith("DownloadError cannot write") and "of 256,000 bytes" in out

@@ -65,14 +65,17 @@ def epochs(
 
 
 def implied_bytes_per_token(
-    disk_bytes: float, n_epochs: float, proportion: float, total_tokens: float
-) -> float:
-    """Bytes read (size on disk x epochs) over tokens seen (proportion x total).
+    disk_bytes: float | np.ndarray,
+    n_epochs: float | np.ndarray,
+    proportion: float | np.ndarray,
+    total_tokens: float,
+) -> float | np.ndarray:
+    """Bytes read (size on disk x epochs) over tokens seen (proportion x total); arrays too.
 
     >>> round(implied_bytes_per_token(783e9, 1.06, 0.15, 1.4e12), 2)     # C4 in LLaMA's table 1
     3.95
     """
-    if not (proportion > 0 and total_tokens > 0):
+    if not (np.all(np.asarray(proportion) > 0) and total_tokens > 0):
         raise ValueError(f"proportion={proportion}, total_tokens={total_tokens} must be positive")
     return disk_bytes * n_epochs / (proportion * total_tokens)
 

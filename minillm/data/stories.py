@@ -5,9 +5,9 @@ from the outcome, and questions with answers. Names, objects and places come up 
 where they were introduced, so a model that cannot look back predicts them badly; and no model, of
 any size, has a lower expected loss on whole stories than ``entropy()``.
 
-    H = E[-log P(story)] in nats, from the grammar itself (see ``storybook/engine.py``)
+    H = E[-log P(story)] in nats, from the grammar itself (see ``story_engine.py``)
 
-Stories are made up here and belong to the course; the text holds no questions, they are apart.
+The grammar is text: `assets/data/stories.txt`. A story's text holds no questions, they are apart.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from minillm.data.storybook.engine import Derivation, Grammar
-from minillm.data.storybook.grammar import questions, story_grammar
+from minillm.data.story_engine import Derivation, Grammar
+from minillm.data.story_reader import Script, read_script
+from minillm.paths import ASSETS
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ class Encoder(Protocol):
 
 
 @functools.cache
+def _script() -> Script:
+    return read_script((ASSETS / "data" / "stories.txt").read_text(encoding="utf-8"))
+
+
+@functools.cache
 def grammar() -> Grammar:
     """The grammar of all stories (built once: nothing in it ever changes)."""
-    return story_grammar()
+    return Grammar(_script().nodes)
 
 
 def sample(seed: int) -> Story:
@@ -127,4 +133,9 @@ def entropy_per_token(tokenizer: Encoder, n: int, seed: int) -> float:
 
 
 def _story(derivation: Derivation) -> Story:
-    return Story(derivation.text, questions(derivation), derivation.log_prob)
+    asked = []
+    for condition, question, answer in _script().questions:
+        choice, _, value = condition.partition("=")
+        if not condition or derivation.keys[choice] == value:
+            asked.append((derivation.fill(question), derivation.fill(answer)))
+    return Story(derivation.text, tuple(asked), derivation.log_prob)

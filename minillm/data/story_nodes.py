@@ -41,38 +41,25 @@ class Case:
 
 
 Node = str | Choice | Case
-Entry = str | tuple[str, Mapping[str, str]]
 
 
 def pick(
     name: str,
-    options: Mapping[str, Entry] | str,
-    given: Mapping[str, Mapping[str, Mapping[str, float] | str]] | None = None,
+    options: Mapping[str, tuple[str, Mapping[str, str]]] | str,
+    given: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
 ) -> Choice:
     """A choice among options listed from common to rare: weights 1/3, 1/4, 1/5, ...
 
     They fall as in Zipf's law (shifted by two), as the frequencies of words do in real text.
-    Options are ``"text|text|text"``, or ``key: text`` or ``key: (text, {form: words})`` where keys
-    or forms are needed. ``given`` is that of ``Choice``; keys separated by blanks, in place of
-    factors, are the only options possible.
+    Options are ``"text|text|text"`` or ``key: (text, {form: words})``; ``given`` as in ``Choice``.
     """
     if isinstance(options, str):
-        options = {text: text for text in options.split("|")}
-    made = {}
-    for rank, (key, entry) in enumerate(options.items()):
-        text, forms = (entry, {}) if isinstance(entry, str) else entry
-        made[key] = Option(text, 1 / (rank + 3), forms)
-    factors: dict[str, dict[str, Mapping[str, float]]] = {}
-    for key, rows in (given or {}).items():
-        factors[key] = {}
-        for value, row in rows.items():
-            if isinstance(row, str):
-                possible = row.split()
-                if unknown := set(possible) - set(made):
-                    raise ValueError(f"choice {name!r} has no options {sorted(unknown)}")
-                row = {option: 0.0 for option in made if option not in possible}
-            factors[key][value] = row
-    return Choice(name, made, factors)
+        options = {text: (text, {}) for text in options.split("|")}
+    made = {
+        key: Option(text, 1 / (rank + 3), forms)
+        for rank, (key, (text, forms)) in enumerate(options.items())
+    }
+    return Choice(name, made, given or {})
 
 
 def fill(template: str, chosen: Mapping[str, Option]) -> str:

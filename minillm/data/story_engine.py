@@ -23,7 +23,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from minillm.data.storybook.nodes import (
+from minillm.data.story_nodes import (
     Case,
     Choice,
     Node,
