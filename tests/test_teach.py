@@ -493,7 +493,7 @@ def test_claims_table_and_exit_status(tmp_path, capsys):
     assert claims.main(course(tmp_path / "good")) == 0
     printed = capsys.readouterr().out
     assert "03.1" in printed and "HOLDS" in printed and "Peano" in printed
-    assert printed.endswith("1 claims executed: 1 × holds\n")
+    assert printed.endswith("1 claim in the ledger: 1 × holds\n")
     assert claims.main(course(tmp_path / "bad", rows=())) == 1
     assert "has no row" in capsys.readouterr().err
 

@@ -203,7 +203,8 @@ def table(claims: Sequence[Claim], width: int = 100) -> str:
             )
     counts = Counter(claim.outcome for claim in claims)
     tally = ", ".join(f"{counts[outcome]} × {outcome}" for outcome in OUTCOMES if counts[outcome])
-    return "\n".join([*lines, f"{len(claims)} claims executed: {tally or 'none'}"])
+    noun = "claim" if len(claims) == 1 else "claims"
+    return "\n".join([*lines, f"{len(claims)} {noun} in the ledger: {tally or 'none'}"])
 
 
 def main(chapters: Path | None = None) -> int:

@@ -158,14 +158,3 @@ def attention_figure(
         ax.set_title(title if title is not None else f"layer {layer}, head {head}")
         fig.colorbar(image, ax=ax, label="attention weight", shrink=0.8)
     return fig
-
-
-def entropy_of_rows(weights: object) -> np.ndarray:
-    """Entropy in nats of each query's weights: [layers, heads, t]. Uniform over n keys gives log n.
-
-    >>> entropy_of_rows([[1.0, 0.0], [0.5, 0.5]]).round(3).tolist()
-    [[[0.0, 0.693]]]
-    """
-    p = as_array(weights)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.where(p > 0, p * np.log(p), 0.0).sum(-1) + 0.0

@@ -66,12 +66,12 @@ class Exploration:
         self._pending = False
         self.static = png(view(**self.values()))
         self.image = ipywidgets.Image(value=self.static, format="png")
-        self.image.layout.object_fit = "contain"
         self.image.layout.max_width = "100%"
         self.message = ipywidgets.HTML()
         for control in self.controls.values():
             control.observe(self._moved, names="value")
-        self.box = ipywidgets.VBox([*self.controls.values(), self.message, self.image])
+        left = ipywidgets.Layout(align_items="flex-start")  # stretched, the picture would blur
+        self.box = ipywidgets.VBox([*self.controls.values(), self.message, self.image], layout=left)
 
     def values(self) -> dict[str, object]:
         """The present value of every control."""
