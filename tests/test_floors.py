@@ -15,7 +15,8 @@ FLOOR = {
     **dict.fromkeys(("model",), 2),
     **dict.fromkeys(("train", "infer", "parallel", "peft"), 3),
     **dict.fromkeys(("prompting", "align", "evaluate", "retrieval", "vision"), 4),
-    **dict.fromkeys(("zoo", "recipes", "teach", "chat"), 5),
+    **dict.fromkeys(("zoo",), 5),
+    **dict.fromkeys(("recipes", "teach", "chat"), 6),
 }
 
 

@@ -15,8 +15,9 @@ percent in tokens and stories by 1 percent, against the same training without it
 character takes about one token in this text, instead of almost three.
 
 Every digit is a piece of its own: a number of n digits is n tokens, whatever its value. The five
-special tokens come last. The documentation differs between versions of Python, and with it the
-merges: the shipped file says which version it was made with, and is not made again by `make`.
+special tokens come last. The documentation differs between versions of Python, and any change to
+the grammar of the stories moves a few merges too. The shipped file says which version it was made
+with; it stays as it is, since models are trained on its ids.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from minillm.tokenizers.pretokenize import GPT2_PATTERN, compile_pattern, split_
 from minillm.tokenizers.vocabulary import check_merges, check_vocab, place_special
 
 CACHE_ENTRIES, CACHE_LENGTH = 1 << 16, 64  # remembered pieces, and the longest one remembered
-LONG_PIECE = 128  # bytes; from here on a heap beats scanning the whole piece for every merge
+LONG_PIECE = 32  # bytes; longer pieces are merged with a heap
 BLOCK = 1 << 16  # characters that `encode_iterable` collects before it looks for pieces
 
 
@@ -199,7 +199,7 @@ class BPE:
             self._cache[piece] = ids
         return ids
 
-    def _merge(self, word: str) -> Iterable[str]:
+    def _merge(self, word: str) -> str:
         """Apply the earliest merge that fits, everywhere in `word`, until none fits."""
         if len(word) >= LONG_PIECE:
             return self._merge_long(word)
@@ -210,8 +210,11 @@ class BPE:
             word = word.replace(self._pairs[rank], self._results[rank])
         return word
 
-    def _merge_long(self, word: str) -> Iterable[str]:
-        """The same in O(n log n): a heap of pairs by priority, then place; neighbors linked."""
+    def _merge_long(self, word: str) -> str:
+        """The same in O(n log n) instead of O(n^2), for pieces that are long or hostile.
+
+        A heap holds the pairs by priority, then place; links lead over merged tokens to the next.
+        """
         ranks, n = self._ranks, len(word)
         chars, before, after = list(word), list(range(-1, n - 1)), list(range(1, n + 1))
         heap = [
