@@ -255,6 +255,29 @@ def test_readers_see_all_of_a_shard_or_none_while_it_is_replaced(tmp_path):
     assert len(seen) == 40  # different versions, so the race did take place
 
 
+def test_between_any_two_renames_there_is_no_half_shard(tmp_path, monkeypatch):
+    """Stop the clock before and after each rename, and look as a reader would."""
+    _write(tmp_path / "x", [[[1, 1]]])
+    replace, states = os.replace, []
+
+    def look():
+        try:
+            with Shard(tmp_path / "x") as shard:
+                states.append(shard[0].tolist())
+        except FileNotFoundError:
+            states.append(None)
+
+    def watched(source, target):
+        look()
+        replace(source, target)
+        look()
+
+    monkeypatch.setattr(os, "replace", watched)
+    _write(tmp_path / "x", [[[2, 2]]], overwrite=True)
+    assert states[-1] == [2, 2]
+    assert states[:-1] == [None, None, None]  # never new tokens under an old index, or the reverse
+
+
 def test_a_killed_writer_publishes_nothing(tmp_path):
     code = (
         "import sys\nfrom minillm.data.shards import ShardWriter\n"
@@ -277,15 +300,17 @@ def test_a_killed_writer_publishes_nothing(tmp_path):
 @given(
     st.lists(st.text(alphabet="ab \n\té天|<", max_size=40), max_size=6),
     st.integers(1, 20),
+    st.sampled_from(["<|sep|>", "a b", "\n\n"]),  # spaces inside invite a cut through the middle
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_reading_documents_in_pieces_is_splitting_at_the_separator(
-    tmp_path_factory, documents, chunk
+    tmp_path_factory, documents, chunk, separator
 ):
     path = tmp_path_factory.mktemp("text") / "t.txt"
-    path.write_bytes("<|sep|>".join(documents).encode())
-    got = ["".join(pieces) for pieces in read_documents(path, "<|sep|>", chunk)]
-    assert [d for d in got if d] == [d for d in "<|sep|>".join(documents).split("<|sep|>") if d]
+    text = separator.join(documents)
+    path.write_bytes(text.encode())
+    got = ["".join(pieces) for pieces in read_documents(path, separator, chunk)]
+    assert [d for d in got if d] == [d for d in text.split(separator) if d]
 
 
 def test_pieces_are_small_and_skipped_documents_do_not_disturb(tmp_path):
