@@ -1,13 +1,12 @@
 """Each assignment: the instructor passes, the released version fails helpfully, mistakes cost.
 
-One execution serves many tasks: in each, some tasks carry a planted mistake and the others the
-instructor's answer, so that it also shows that no task depends on another one's answer.
+One execution serves many tasks: starting a kernel and importing PyTorch is what takes time.
 """
 
+import copy
 import runpy
 import shutil
 import time
-from itertools import zip_longest
 from pathlib import Path
 
 import nbclient
@@ -72,15 +71,14 @@ def run(notebook, folder, tmp_path):
 
 def with_answers(notebook, answers):
     """A copy in which solution cells are replaced: {grade_id: source}."""
-    copy = nbformat.from_dict(notebook.copy())
-    copy.cells = [nbformat.from_dict(dict(cell)) for cell in notebook.cells]
+    changed = copy.deepcopy(notebook)
     unused = set(answers)
-    for cell in copy.cells:
+    for cell in changed.cells:
         if (name := about(cell).get("grade_id")) in answers:
             cell.source = answers[name]
             unused.discard(name)
     assert not unused, f"planted mistakes for cells that do not exist: {sorted(unused)}"
-    return copy
+    return changed
 
 
 def test_every_chapter_with_planted_mistakes_has_an_assignment():
@@ -162,32 +160,15 @@ def test_released_version_fails_helpfully_and_shows_nothing(path, tmp_path):
             assert "your own code" in cell.source, f"{about(cell)['grade_id']} has no stub"
 
 
-def variants(path):
-    """Answer sets, each run once: the first mistakes in two halves, then all further ones."""
-    wrong = wrong_answers(path.parent.name)
-    names = [name for name in tasks_of(nbformat.read(path, as_version=4)) if name in wrong]
-    first = [{name: wrong[name][0] for name in names[i::2] if wrong[name]} for i in (0, 1)]
-    columns = list(zip_longest(*(wrong[name] for name in names)))[1:]
-    rest = [{n: s for n, s in zip(names, column, strict=True) if s} for column in columns]
-    return [answers for answers in first + rest if answers]
-
-
-def all_variants():
-    for path in ASSIGNMENTS:
-        try:
-            count = len(variants(path))
-        except (AssertionError, KeyError):
-            continue  # test_every_task_has_planted_mistakes says what is wrong
-        for number in range(count):
-            yield pytest.param(path, number, id=f"{path.parent.name}-{number}")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("path", "number"), list(all_variants()))
-def test_planted_mistakes_lose_points_and_only_theirs(path, number, tmp_path):
+@each_assignment
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_mistake_loses_points_and_only_its_own(path, half, tmp_path):
+    """Every other task has its first mistake, the tasks between them the right answer."""
     notebook = nbformat.read(path, as_version=4)
-    answers = variants(path)[number]
+    wrong = wrong_answers(path.parent.name)
+    answers = {name: wrong[name][0] for name in list(tasks_of(notebook))[half::2]}
     errors, _ = run(with_answers(notebook, answers), path.parent, tmp_path)
     for task, checks in tasks_of(notebook).items():
         lost = [name for name in checks if errors[name]]
@@ -195,3 +176,43 @@ def test_planted_mistakes_lose_points_and_only_theirs(path, number, tmp_path):
             assert lost, f"this mistake in {task} costs nothing:\n{answers[task]}"
         else:
             assert not lost, f"{task} depends on another task: {[errors[n] for n in lost]}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@each_assignment
+def test_every_further_mistake_loses_points(path, tmp_path):
+    """One run: each task's cells once per mistake, the instructor's answer never among them."""
+    notebook = nbformat.read(path, as_version=4)
+    wrong = wrong_answers(path.parent.name)
+    cells, group, graded = [], [], {}
+
+    def close():
+        name = about(group[0]).get("grade_id") if group else None  # None: before any task
+        sources = wrong[name][1:] if name else []
+        last = max((i for i, cell in enumerate(group) if about(cell).get("grade")), default=-1)
+        for number, source in enumerate(sources, start=1):
+            for cell in map(copy.deepcopy, group[: last + 1]):
+                if about(cell).get("grade_id") == name:
+                    cell.source = source
+                elif about(cell).get("grade"):
+                    about(cell)["grade_id"] += f"#{number}"
+                    graded.setdefault((name, number), []).append(about(cell)["grade_id"])
+                cells.append(cell)
+        cells.extend(group[last + 1 :])  # what prepares the next task
+
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            if about(cell).get("solution") and not about(cell).get("grade"):
+                close()
+                group = []
+            group.append(cell)
+    close()
+    if not graded:
+        return  # each task has one mistake, which the other test has run
+    notebook.cells = cells
+    errors, _ = run(notebook, path.parent, tmp_path)
+    for (task, number), checks in graded.items():
+        lost = [errors[name] for name in checks if errors[name]]
+        assert lost, f"this mistake in {task} costs nothing:\n{wrong[task][number]}"
+        assert all(kind != "NameError" for kind, _ in lost), f"{task}: {lost}"

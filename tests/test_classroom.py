@@ -246,6 +246,21 @@ def test_limits_hold_on_every_machine(confinement):
         assert confinement.holds(name), confinement.report()
 
 
+@linux
+def test_everything_holds_where_namespaces_work(confinement):
+    """An independent program decides whether they do: what cannot be skipped must hold."""
+    program = shutil.which("unshare")
+    if program is None:
+        pytest.skip("no unshare program to ask")
+    flags = ["--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--mount-proc"]
+    user = [] if os.getuid() == 0 else ["--user"]
+    asked = subprocess.run([program, *user, *flags, "true"], capture_output=True)
+    if asked.returncode != 0:
+        pytest.skip(f"no namespaces on this machine: {asked.stderr.decode().strip()}")
+    lacking = [name for name, held, _ in confinement.verified if not held]
+    assert set(lacking) <= (set() if os.getuid() == 0 else {"a user of its own"})
+
+
 def test_ordinary_code_runs(confinement):
     code, out, _ = inside(confinement, "import numpy, torch; print(int(torch.ones(3).sum()))")
     assert (code, out) == (0, "3\n")
@@ -398,6 +413,39 @@ def test_without_namespaces_the_limits_and_the_cleaning_up_remain(confinement):
     test_files_are_limited(bare)
     status, _, why = inside(limited(bare, seconds=1), "import time; time.sleep(30)")
     assert status == 137 and "s in all" in why
+
+
+@linux
+@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root can do that")
+def test_root_without_namespaces_becomes_another_user(confinement):
+    from dataclasses import replace
+
+    from minillm.teach.classroom.sandbox import run_confined
+
+    system = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if system is None:
+        pytest.skip("no Python that every user can read")
+    bare = replace(confinement, namespaces=False, drop_uid=True)
+    code = "import os; print(os.getuid(), os.getgid(), os.getgroups(), open('/proc/self/status')"
+    code += ".read().split('CapEff:')[1].split()[0]); open('mine', 'w').write('x')"
+    status, out, why = run_confined(bare, [system, "-I", "-c", code], 60)
+    assert (status, out) == (0, "65534 65534 [] 0000000000000000\n"), why
+
+
+@linux
+@pytest.mark.slow
+def test_a_kernel_that_cannot_start_is_the_graders_trouble(
+    demo, confinement, tmp_path, monkeypatch
+):
+    """No points are given or taken when the machine is at fault: the row says what happened."""
+    from minillm.teach.classroom import grade as grading
+
+    hand_in(tmp_path, "ada", answered(demo[1], RIGHT))
+    tiny = limited(confinement, memory=1)
+    monkeypatch.setattr(grading, "confine", lambda *a, **k: tiny)
+    _, remarks, _, _ = grade_all(demo, tmp_path)
+    assert "could not be graded" in remarks["ada", "total"]
+    assert "did not start" in remarks["ada", "total"]
 
 
 @linux
@@ -631,6 +679,8 @@ def grade_all(demo, folder, **limits):
 @pytest.mark.timeout(300)
 def test_a_class_is_graded(demo, tmp_path):
     """Honest, partly right, empty, tampered with: points, remarks, feedback; and again."""
+    from nbgrader.api import Gradebook
+
     _, released = demo
     hand_in(tmp_path, "ada", answered(released, RIGHT))
     lazy = RIGHT | {"t1_double": "def double(x):\n    return 4 if x == 2 else 0"}
@@ -662,11 +712,39 @@ def test_a_class_is_graded(demo, tmp_path):
         assert "changed" in remarks["dan", "t1_double_check"]
         assert "deleted" in remarks["dan", "t2_half_check"]
         assert "not a valid notebook" in remarks["fay", "total"]
+    with Gradebook(f"sqlite:///{demo[0]}/build/gradebook.db", "minillm") as book:
+        notes = book.find_submission_notebook("assignment", CHAPTER, "dan")
+        assert not any(grade.needs_manual_grade for grade in notes.grades)
     pages = {p.parent.parent.name: p.read_text() for p in demo[0].glob("build/feedback/*/*/*.html")}
     assert set(pages) == {"ada", "ben", "cyd", "dan", "eve"}
     assert "kept" in pages["eve"]
     for active in ("<script>alert(1)", "<img src=x", "<p>kept"):
         assert active not in pages["eve"]
+
+
+@linux
+@pytest.mark.slow
+def test_output_is_limited_but_errors_pass():
+    from nbclient import NotebookClient
+
+    from minillm.teach.classroom.confined import MAX_OUTPUT, ConfinedExecute
+
+    step = ConfinedExecute()
+    NotebookClient.__init__(step, new_notebook(cells=[new_code_cell("")]), None)
+    step.printed, step.clear_before_next_output = 0, False
+
+    def message(kind, **content):
+        head = {"header": {"msg_type": kind}, "parent_header": {"msg_id": "1"}}
+        return {"msg_type": kind, "content": content, **head}
+
+    one = step.nb.cells[0]
+    for _ in range(3 * MAX_OUTPUT // 100_000):
+        step.process_message(message("stream", name="stdout", text="x" * 100_000), one, 0)
+    assert MAX_OUTPUT / 2 < sum(len(o.text) for o in one.outputs) <= MAX_OUTPUT
+    step.process_message(message("error", ename="E", evalue="v", traceback=[]), one, 0)
+    assert one.outputs[-1].output_type == "error"
+    step.process_message(message("comm_open", target_name="jupyter.widget", data={}), one, 0)
+    assert not step.comm_objects and not step.widget_state
 
 
 ATTACKS = {
@@ -704,6 +782,8 @@ def test_an_attack_costs_its_own_points_only(demo, confinement, tmp_path, name, 
     assert points[name, "t1_double_check"] == 0 and points[name, "t1_double_hidden"] == 0
     assert points[name, "t2_half_check"] == 5, remarks
     assert how.holds("time limit")
+    kept = demo[0] / "build" / "autograded" / name / CHAPTER / "assignment.ipynb"
+    assert kept.stat().st_size < 8_000_000
     assert len(jails) >= 3  # two for the probe, the kernels
     for jail in jails:
         assert not processes_with(str(jail.folder)), "somebody stayed behind"

@@ -15,7 +15,9 @@ from minillm.data import stories
 from minillm.infer import generate
 from minillm.infer.generate import choose
 from minillm.model import LM, KVCache, attention_maps, causal_mask, prefix_mask
+from minillm.model.load import load, save
 from minillm.recipes import tiny
+from minillm.tokenizers import COURSE_TOKENIZER
 from minillm.train import Step, cross_entropy, evaluate, masked_mean, train
 
 CFG = ModelConfig(vocab_size=31, d_model=24, n_layers=2, n_heads=4, max_len=20, impl="reference")
@@ -361,7 +363,7 @@ def test_zoo_names_what_is_wrong(tmp_path, shipped):
     with pytest.raises(ValueError, match=r"no model 'huge'; choose one of \[.*'tiny'"):
         zoo.load("huge")
     lm = LM(dataclasses.replace(CFG, tie_embeddings=False), seed=3)
-    zoo.save("mine", lm, tmp_path)
+    save(lm, tmp_path, "mine", COURSE_TOKENIZER)
     back, _ = zoo.load("mine", tmp_path)
     assert back.cfg == lm.cfg and not back.training
     for p, q in zip(back.parameters(), lm.parameters(), strict=True):
@@ -373,8 +375,16 @@ def test_zoo_names_what_is_wrong(tmp_path, shipped):
         zoo.load("mine", tmp_path)
 
 
+def test_another_tokenizer_is_refused(tmp_path):
+    save(LM(CFG, seed=3), tmp_path, "mine", COURSE_TOKENIZER)
+    other = tmp_path / "other.json"
+    other.write_bytes(COURSE_TOKENIZER.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"other\.json has SHA-256"):
+        load(tmp_path, "mine", other)
+
+
 def test_tied_weights_stay_tied_in_the_zoo(tmp_path):
-    zoo.save("tied", LM(CFG, seed=3), tmp_path)
+    save(LM(CFG, seed=3), tmp_path, "tied", COURSE_TOKENIZER)
     back, _ = zoo.load("tied", tmp_path)
     assert back.head.weight is back.tokens.weight
 

@@ -19,8 +19,7 @@ from nbgrader.preprocessors import Execute
 from nbgrader.utils import is_grade
 from traitlets import Instance
 
-from minillm.teach.classroom.confine import Confinement
-from minillm.teach.classroom.sandbox import SandboxedKernelManager
+from minillm.teach.classroom.sandbox import Confinement, Jail, SandboxedKernelManager
 
 ENDED = "EndedByTheGrader"
 RUNS = 5
@@ -69,11 +68,10 @@ class ConfinedExecute(Execute):
         self._check_assign_resources(resources)
         self.seconds, self.printed, self.muted = seconds, 0, False
         self.completed: set[int] = set()
+        self.jail: Jail | None = None
         running = None
-        manager = None
         try:
             with self.setup_kernel():
-                manager = self.km
                 for index, cell in enumerate(nb.cells):
                     if cell.cell_type == "code" and cell.source.strip() and index not in culprits:
                         running = index
@@ -82,15 +80,16 @@ class ConfinedExecute(Execute):
                 self.muted = not self._reports_errors(nb)
             return True
         except Exception as error:  # a hostile kernel can make nbclient raise anything
+            why = self.jail.verdict() if self.jail else ""
             if running is None:
-                raise
+                said = why or (self.jail.log() if self.jail else "")
+                raise RuntimeError(f"the kernel did not start: {said or error}") from None
             self.completed.discard(running)
-            why = manager.jail.verdict() if manager is not None else ""
             culprits[running] = f"the kernel was ended: {why or type(error).__name__}"
             return False
         finally:
-            if manager is not None:
-                manager.jail.remove()
+            if self.jail is not None:
+                self.jail.remove()
 
     def _reports_errors(self, nb: NotebookNode) -> bool:
         """Whether an error raised now still arrives; a crude forgery would swallow it."""
@@ -112,6 +111,7 @@ class ConfinedExecute(Execute):
             kernel_name="python3",
             config=self.config,
         )
+        self.jail = self.km.jail
         return self.km
 
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> Any:

@@ -111,8 +111,9 @@ def _grade_one(api: NbGraderAPI, course: Path, submission: Submission, released:
     write_atomically(place, nbformat.writes(notebook).encode())
     result = api.autograde(chapter, student, force=True, create=True)
     if not result["success"]:
-        said = (result.get("error") or result.get("log") or "").strip().splitlines()
-        remark = _plain(f"could not be graded: {said[-1] if said else 'no reason given'}")
+        said = f"{result.get('error') or ''}\n{result.get('log') or ''}"
+        causes = re.findall(r"^ *(\w*Error: .+)$", said, re.MULTILINE)
+        remark = _plain(f"could not be graded: {causes[-1] if causes else 'see the gradebook'}")
         return [Row(student, chapter, "total", 0.0, most, time.perf_counter() - start, remark)]
     remarks = _remarks_of_run(course, submission) | remarks
     with Gradebook(api.coursedir.db_url, api.coursedir.course_id) as book:

@@ -176,6 +176,7 @@ def watch(child: int, spec: dict) -> int:
     deadline = time.monotonic() + spec["seconds"]
     verdict = ""
     while True:
+        began = time.monotonic()
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid == child:
             break
@@ -194,7 +195,8 @@ def watch(child: int, spec: dict) -> int:
             os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
             break
-        time.sleep(0.1)
+        # looking takes long where many processes run: spend a fifth of the time on it at most
+        time.sleep(max(0.1, 4 * (time.monotonic() - began)))
     # without a process namespace, what was left behind has become our child: end it too
     while left := set(family(os.getpid())) - {os.getpid()}:
         for pid in left:

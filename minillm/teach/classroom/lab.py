@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import tyro
-from jupyterlab_server.workspaces_handler import WorkspacesManager
 
 from minillm.teach.classroom import ROOT
 from minillm.teach.classroom.workspace import deliver
@@ -35,6 +34,8 @@ def command(work: Path, browser: bool) -> list[str]:
     workspaces = work / ".jupyter"
     workspaces.mkdir(exist_ok=True)
     if not list(workspaces.iterdir()):  # later it holds what the student arranged
+        from jupyterlab_server.workspaces_handler import WorkspacesManager  # seconds to import
+
         template = (HERE / "jupyter" / "workspaces" / "course.json").read_text()
         WorkspacesManager(str(workspaces)).save("default", template)
     lectures = sorted(work.glob("[0-9][0-9]_*/lecture.ipynb"))

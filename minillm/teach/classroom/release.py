@@ -114,11 +114,10 @@ def release(chapter: str, course: Path = ROOT) -> Path:
     result = open_course(course).generate_assignment(chapter, force=True, create=True)
     released = course / "build" / "release" / chapter / "assignment.ipynb"
     if not result["success"] or not released.is_file():
-        hint = ""
-        if "submissions" in result.get("log", "") + result.get("error", ""):
-            hint = "\n  (graded cells changed after grading: move build/gradebook.db away)"
-        said = result.get("error") or result.get("log") or "nbgrader wrote nothing"
-        raise ValueError(f"{chapter}: nbgrader refused:{hint}\n{said.strip()}")
+        said = (result.get("error") or "") + (result.get("log") or "") or "nbgrader wrote nothing"
+        if "submissions" in said or "removed" in said:
+            said = "graded cells were added or removed after grading: move build/gradebook.db away"
+        raise ValueError(f"{chapter}: nbgrader refused: {said.strip()}")
     if found := leaks(source, released):
         released.unlink()
         raise ValueError(f"{chapter}: the released version would show " + "; ".join(found))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import zmq
 from jupyter_client.manager import AsyncKernelManager
 
 from minillm.teach.classroom import ROOT
@@ -93,8 +94,9 @@ class Jail:
 
     def __init__(self, confinement: Confinement, files: Path | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="minillm-"))  # short: socket paths are limited
-        for name in ("meeting", "files", "stage"):
-            (self.folder / name).mkdir()
+        self.folder.chmod(0o711)  # another user must reach what lies in it
+        for name, mode in {"meeting": 0o700, "files": 0o755, "stage": 0o755}.items():
+            (self.folder / name).mkdir(mode=mode)
         # below the repository, so that notebooks find the package by looking upwards
         self.cwd = ROOT / "build" / "sandbox" / uuid.uuid4().hex[:12]
         self.confinement = confinement
@@ -153,6 +155,7 @@ class Jail:
         return path.read_text() if path.exists() else ""
 
     def log(self) -> str:
+        """What the warden or the kernel said on standard error."""
         path = self.folder / "log"
         return path.read_text(errors="replace")[-2000:].strip() if path.exists() else ""
 
@@ -195,6 +198,9 @@ class SandboxedKernelManager(AsyncKernelManager):
     def __init__(self, confinement: Confinement, files: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.jail = Jail(confinement, files)
+        # what a flood of output may queue up on this side
+        self.context.setsockopt(zmq.RCVHWM, 100)
+        self.context.setsockopt(zmq.MAXMSGSIZE, 16_000_000)
         self.transport = "ipc"
         self.connection_file = str(self.jail.folder / "meeting" / "k.json")
         self.ip = str(self.jail.folder / "meeting" / "k")
