@@ -36,7 +36,7 @@ $(READY_TESTS): $(READY) tests/requirements.txt
 	@touch $@
 
 lab: $(READY)  ## set everything up, open JupyterLab on chapter 00
-	@$(PY) -m minillm.teach.classroom.lab
+	@$(PY) -m classroom.lab
 
 test: $(READY_TESTS)  ## run all tests, lectures and assignments (under 15 minutes on 2 cores)
 	$(PYTEST)
@@ -45,14 +45,14 @@ test-fast: $(READY_TESTS)  ## run the tests that need no notebook (under 3 minut
 	$(PYTEST) -m "not slow"
 
 lectures: $(READY)  ## re-execute the lectures and store their outputs (ONLY=chapters/03_attention/lecture.ipynb)
-	$(PY) -m minillm.teach.classroom.execute $(ONLY)
+	$(PY) -m classroom.execute $(ONLY)
 
 assignments: $(READY)  ## write the released version of every assignment to build/release/
-	$(PY) -m minillm.teach.classroom.release
+	$(PY) -m classroom.release
 
 grade: $(READY)  ## autograde SUBMISSIONS=folder, write build/grades.csv and feedback pages
 	@test -n "$(SUBMISSIONS)" || { echo "Say which folder: make grade SUBMISSIONS=path (holding student/chapter/assignment.ipynb)"; exit 2; }
-	$(PY) -m minillm.teach.classroom.grade "$(SUBMISSIONS)"
+	$(PY) -m classroom.grade "$(SUBMISSIONS)"
 
 claims: $(READY)  ## print the ledger of executed claims
 	@$(PY) -m minillm.teach.claims

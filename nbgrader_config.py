@@ -1,7 +1,7 @@
 """nbgrader for this course: `chapters/NN_name/assignment.ipynb` is the source, the rest is built.
 
 The `nbgrader` command reads this file when it is started in this folder, and so does
-`minillm.teach.classroom.release`, so that there is one set of folders.
+`classroom.release`, so that there is one set of folders.
 """
 
 from pathlib import Path

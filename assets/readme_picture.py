@@ -1,4 +1,4 @@
-"""Draw the picture of the README from the shipped model and its log: python assets/readme_picture.py"""
+"""Draw the README's picture from the shipped model and its log: python assets/readme_picture.py"""
 
 import json
 import sys
@@ -21,7 +21,9 @@ def draw_loss(ax, log, unigram):
     steps = log["steps"]
     ax.semilogy([s["tokens"] / 1e6 for s in steps], [s["loss"] for s in steps])
     plots.bound(ax, unigram, "knows how often each token occurs")
-    plots.bound(ax, log["entropy_of_stories"], "knows the grammar: nothing can be lower", below=True)
+    plots.bound(
+        ax, log["entropy_of_stories"], "knows the grammar: nothing can be lower", below=True
+    )
     ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", ylim=(0.2, 10))
     ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
     ax.minorticks_off()

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from traitlets.config import Config
 
-from minillm.teach.classroom.execute import kernel_environment
+from classroom.execute import kernel_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSIGNMENTS = sorted(ROOT.glob("chapters/*/assignment.ipynb"))
@@ -93,7 +93,7 @@ def test_every_chapter_but_the_first_has_an_assignment():
 
 @each_assignment
 def test_form(path):
-    from minillm.teach.classroom.release import validate
+    from classroom.release import validate
 
     assert validate(path) == []
     notebook = nbformat.read(path, as_version=4)
@@ -139,7 +139,7 @@ def test_instructor_version_passes(path, tmp_path):
 @pytest.mark.timeout(300)
 @each_assignment
 def test_released_version_fails_helpfully_and_shows_nothing(path, tmp_path):
-    from minillm.teach.classroom.release import leaks, release
+    from classroom.release import leaks, release
 
     chapter = path.parent.name
     (tmp_path / "chapters" / chapter).mkdir(parents=True)

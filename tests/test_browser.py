@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.teach.classroom import lab
+from classroom import lab
 
 ROOT = Path(__file__).resolve().parents[1]
 LECTURE = ROOT / "chapters/03_attention/lecture.ipynb"

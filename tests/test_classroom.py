@@ -17,8 +17,8 @@ import pytest
 from classroom_demo import CHAPTER, MAX, RIGHT, answered, cell, find, hand_in, make_course
 from nbformat.v4 import new_code_cell, new_notebook
 
-from minillm.teach.classroom import lab, workspace, write_atomically
-from minillm.teach.classroom.workspace import deliver
+from classroom import lab, workspace, write_atomically
+from classroom.workspace import deliver
 
 ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="grading needs Linux")
@@ -215,7 +215,7 @@ def test_no_display_no_browser(monkeypatch):
 def confinement(tmp_path_factory):
     if sys.platform != "linux":
         pytest.skip("grading needs Linux")
-    from minillm.teach.classroom.confine import Limits, confine
+    from classroom.confine import Limits, confine
 
     folder = tmp_path_factory.mktemp("secrets")
     secret = folder / "gradebook.db"
@@ -228,7 +228,7 @@ def confinement(tmp_path_factory):
 
 def inside(confinement, code, seconds=60):
     """Run Python code in the sandbox: exit status, output, why it was ended."""
-    from minillm.teach.classroom.sandbox import run_confined
+    from classroom.sandbox import run_confined
 
     return run_confined(confinement, [sys.executable, "-I", "-c", code], seconds)
 
@@ -351,7 +351,7 @@ def test_memory_of_all_processes_is_watched(confinement):
 
 def test_a_fork_bomb_ends(confinement):
     needs(confinement, "process limit")
-    from minillm.teach.classroom.sandbox import run_confined
+    from classroom.sandbox import run_confined
 
     short = limited(confinement, seconds=3)
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
@@ -420,7 +420,7 @@ def test_without_namespaces_the_limits_and_the_cleaning_up_remain(confinement):
 def test_root_without_namespaces_becomes_another_user(confinement):
     from dataclasses import replace
 
-    from minillm.teach.classroom.sandbox import run_confined
+    from classroom.sandbox import run_confined
 
     system = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if system is None:
@@ -438,7 +438,7 @@ def test_a_kernel_that_cannot_start_is_the_graders_trouble(
     demo, confinement, tmp_path, monkeypatch
 ):
     """No points are given or taken when the machine is at fault: the row says what happened."""
-    from minillm.teach.classroom import grade as grading
+    from classroom import grade as grading
 
     hand_in(tmp_path, "ada", answered(demo[1], RIGHT))
     tiny = limited(confinement, memory=1)
@@ -453,7 +453,7 @@ def test_the_report_says_what_does_not_hold(confinement, tmp_path):
     """The probe is not a formality: without namespaces it sees what it should not."""
     from dataclasses import replace
 
-    from minillm.teach.classroom import confine as module
+    from classroom import confine as module
 
     secret = tmp_path / "secret"
     secret.write_text("secret")
@@ -471,7 +471,7 @@ def test_the_report_says_what_does_not_hold(confinement, tmp_path):
 
 @linux
 def test_student_code_is_not_run_as_root_unasked(monkeypatch):
-    from minillm.teach.classroom import confine as module
+    from classroom import confine as module
 
     monkeypatch.setattr(module.os, "getuid", lambda: 0)
     monkeypatch.setattr(module, "_observe", lambda how, secrets: (None, "forbidden here"))
@@ -481,7 +481,7 @@ def test_student_code_is_not_run_as_root_unasked(monkeypatch):
 
 @pytest.mark.parametrize("name", ["seconds", "memory", "processes"])
 def test_limits_are_positive(name):
-    from minillm.teach.classroom.sandbox import Limits
+    from classroom.sandbox import Limits
 
     with pytest.raises(ValueError, match=rf"{name}=0 must be positive"):
         Limits(**{name: 0})
@@ -493,7 +493,7 @@ def test_limits_are_positive(name):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demonstration course, released: (course, released notebook)."""
-    from minillm.teach.classroom.release import release
+    from classroom.release import release
 
     folder = tmp_path_factory.mktemp("course")
     make_course(folder)
@@ -525,7 +525,7 @@ def test_release_takes_solutions_and_hidden_tests_out(demo):
     ],
 )
 def test_release_says_what_is_wrong(change, message, tmp_path):
-    from minillm.teach.classroom.release import release
+    from classroom.release import release
 
     path = make_course(tmp_path)
     notebook = nbformat.read(path, as_version=4)
@@ -538,7 +538,7 @@ def test_release_says_what_is_wrong(change, message, tmp_path):
 
 @pytest.mark.slow
 def test_leaks_are_found(demo):
-    from minillm.teach.classroom.release import leaks
+    from classroom.release import leaks
 
     folder, released = demo
     source = folder / "chapters" / CHAPTER / "assignment.ipynb"
@@ -548,7 +548,7 @@ def test_leaks_are_found(demo):
 
 @pytest.mark.slow
 def test_unknown_chapters_are_refused(demo):
-    from minillm.teach.classroom.release import release
+    from classroom.release import release
 
     with pytest.raises(ValueError, match=f"'92_none' has no assignment.*{CHAPTER}"):
         release("92_none", demo[0])
@@ -556,7 +556,7 @@ def test_unknown_chapters_are_refused(demo):
 
 @pytest.mark.slow
 def test_students_get_the_released_version_only(tmp_path, monkeypatch):
-    from minillm.teach.classroom import release as module
+    from classroom import release as module
 
     path = make_course(tmp_path)
     assert deliver(tmp_path) == []
@@ -588,7 +588,7 @@ def test_students_get_the_released_version_only(tmp_path, monkeypatch):
 
 
 def test_submissions_are_found_and_unsafe_ones_refused(tmp_path):
-    from minillm.teach.classroom.submission import find_submissions
+    from classroom.submission import find_submissions
 
     def put(name):
         path = tmp_path / "in" / name
@@ -626,7 +626,7 @@ def test_submissions_are_found_and_unsafe_ones_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 100_000, '{"nbformat": 4}', "\udcff"])
 def test_what_is_no_notebook_is_a_clear_error(text, tmp_path):
-    from minillm.teach.classroom.submission import read_notebook
+    from classroom.submission import read_notebook
 
     path = tmp_path / "assignment.ipynb"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -635,7 +635,7 @@ def test_what_is_no_notebook_is_a_clear_error(text, tmp_path):
 
 
 def test_of_a_submission_only_the_answers_are_kept():
-    from minillm.teach.classroom.submission import merge
+    from classroom.submission import merge
 
     released = new_notebook(
         cells=[
@@ -664,8 +664,8 @@ def test_of_a_submission_only_the_answers_are_kept():
 
 
 def grade_all(demo, folder, **limits):
-    from minillm.teach.classroom.grade import grade, to_csv
-    from minillm.teach.classroom.sandbox import Limits
+    from classroom.grade import grade, to_csv
+    from classroom.sandbox import Limits
 
     rows, refused, how = grade(folder, demo[0], Limits(**limits), trust=True)
     table = list(csv.DictReader(io.StringIO(to_csv(rows))))
@@ -727,7 +727,7 @@ def test_a_class_is_graded(demo, tmp_path):
 def test_output_is_limited_but_errors_pass():
     from nbclient import NotebookClient
 
-    from minillm.teach.classroom.confined import MAX_OUTPUT, ConfinedExecute
+    from classroom.confined import MAX_OUTPUT, ConfinedExecute
 
     step = ConfinedExecute()
     NotebookClient.__init__(step, new_notebook(cells=[new_code_cell("")]), None)
@@ -763,7 +763,7 @@ ATTACKS = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_an_attack_costs_its_own_points_only(demo, confinement, tmp_path, name, monkeypatch):
-    from minillm.teach.classroom import sandbox
+    from classroom import sandbox
 
     jails = []
 
@@ -817,7 +817,7 @@ REAL = sorted(ROOT.glob("chapters/*/assignment.ipynb"))
 @pytest.mark.skipif(not REAL, reason="no chapter has an assignment")
 def test_a_real_assignment_goes_through_the_whole_cycle(tmp_path):
     """Release, hand in the instructor's answers and the empty notebook, grade, feedback."""
-    from minillm.teach.classroom.release import release
+    from classroom.release import release
 
     path = REAL[-1]
     chapter = path.parent.name

@@ -16,7 +16,7 @@ import pytest
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minillm.teach.classroom import execute as ex
+from classroom import execute as ex
 
 ROOT = Path(__file__).resolve().parents[1]
 LECTURES = sorted(ROOT.glob("chapters/*/lecture.ipynb"))
@@ -278,7 +278,7 @@ def test_a_cell_that_does_not_end_is_not_stored(tmp_path):
 def test_the_command_says_what_failed_and_goes_on(tmp_path):
     bad = write(tmp_path / "bad.ipynb", "1 / 0")
     good = write(tmp_path / "good.ipynb", "print('fine')")
-    command = [sys.executable, "-m", "minillm.teach.classroom.execute"]
+    command = [sys.executable, "-m", "classroom.execute"]
     done = subprocess.run(
         [*command, str(bad), str(good)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""The repository as a stranger gets it: pinned, installable, small, and saying only what it should."""
+"""The repository as a stranger gets it: pinned, installable, small, and free of private matters."""
 
 import re
 import subprocess
@@ -58,7 +58,12 @@ def test_a_clone_stays_small():
 
 def test_no_file_names_a_package_host_or_somebodys_machine():
     # Put together from pieces, so that this file does not contain what it forbids.
-    hosts = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "registry.npmjs" + ".org"]
+    hosts = [
+        "pypi" + ".org",
+        "pythonhosted" + ".org",
+        "download.pytorch" + ".org",
+        "registry.npmjs" + ".org",
+    ]
     homes = ["/ro" + "ot/", "/wo" + "rk/main", "/ho" + "me/"]
     text = {".py", ".md", ".txt", ".toml", ".yml", ".json", ".ipynb", ".csv", ".cfg", ".lock", ""}
     found = [

@@ -1,6 +1,6 @@
 """Run lectures from a clean kernel and store what they printed.
 
-    python -m minillm.teach.classroom.execute [--check] [chapters/03_attention/lecture.ipynb ...]
+    python -m classroom.execute [--check] [chapters/03_attention/lecture.ipynb ...]
 
 A stored notebook carries a hash of its code cells, so that a test can tell in a millisecond
 whether its outputs belong to its code. Nothing is stored of a run that raised.
@@ -25,7 +25,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from traitlets.config import Config
 
-from minillm.teach.classroom import ROOT, write_atomically
+from classroom import ROOT, write_atomically
 
 MAX_BYTES = 1_000_000
 REFUSED = (CellExecutionError, CellTimeoutError, DeadKernelError)

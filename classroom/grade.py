@@ -1,6 +1,6 @@
 """Autograde a folder of submissions.
 
-    python -m minillm.teach.classroom.grade FOLDER [--trust-submissions]
+    python -m classroom.grade FOLDER [--trust-submissions]
 
 FOLDER holds `student/NN_name/assignment.ipynb` or `student_NN_name.ipynb`. Writes
 `build/grades.csv`, feedback pages below `build/feedback`, and the gradebook `build/gradebook.db`.
@@ -26,11 +26,11 @@ from nbgrader.preprocessors import Execute
 from sqlalchemy.exc import SAWarning
 from traitlets.config import Config
 
-from minillm.teach.classroom import ROOT, write_atomically
-from minillm.teach.classroom.confine import Confinement, Limits, confine
-from minillm.teach.classroom.confined import ENDED, ConfinedExecute
-from minillm.teach.classroom.release import chapters_with_assignment, open_course, release
-from minillm.teach.classroom.submission import (
+from classroom import ROOT, write_atomically
+from classroom.confine import Confinement, Limits, confine
+from classroom.confined import ENDED, ConfinedExecute
+from classroom.release import chapters_with_assignment, open_course, release
+from classroom.submission import (
     Submission,
     find_submissions,
     merge,

@@ -1,6 +1,6 @@
 """Hand out the course and open JupyterLab on it.
 
-    python -m minillm.teach.classroom.lab [--no-browser] [--copy-only]
+    python -m classroom.lab [--no-browser] [--copy-only]
 
 JupyterLab sees `work/` only, listens on this machine only, and asks for a token.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from minillm.teach.classroom import ROOT
-from minillm.teach.classroom.workspace import deliver
+from classroom import ROOT
+from classroom.workspace import deliver
 
 HERE = Path(__file__).resolve().parent
 

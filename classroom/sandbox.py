@@ -21,7 +21,7 @@ from typing import Any
 import zmq
 from jupyter_client.manager import AsyncKernelManager
 
-from minillm.teach.classroom import ROOT
+from classroom import ROOT
 
 NOBODY = 65534
 SYSTEM = (

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 """The folder that holds `minillm` and, in a clone, `chapters`."""
 
 

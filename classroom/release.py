@@ -1,6 +1,6 @@
 """Make the student version of assignments: no solutions, no hidden tests.
 
-    python -m minillm.teach.classroom.release [01_tokenization ...]
+    python -m classroom.release [01_tokenization ...]
 
 Reads `chapters/NN_name/assignment.ipynb`, writes `build/release/NN_name/assignment.ipynb` and
 registers the graded cells in the gradebook, which restores them when a student changed them.
@@ -20,7 +20,7 @@ from nbgrader.nbgraderformat.common import SchemaMismatchError
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
-from minillm.teach.classroom import ROOT
+from classroom import ROOT
 
 _MARKERS = ("BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS")
 

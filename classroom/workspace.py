@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minillm.teach.classroom import ROOT, write_atomically
+from classroom import ROOT, write_atomically
 
 STATE = ".delivered.json"
 
@@ -92,7 +92,7 @@ def _released(source: Path, work: Path, state: "_State") -> bytes:
     if record.get("source") == digest and cache.is_file() and _is(cache, record.get("made", "")):
         return cache.read_bytes()
     # nbgrader takes seconds to import: only when there is something to do
-    from minillm.teach.classroom.release import release
+    from classroom.release import release
 
     with tempfile.TemporaryDirectory() as folder:  # leaves the instructor's gradebook alone
         copy = Path(folder) / "chapters" / source.parent.name

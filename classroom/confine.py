@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minillm.teach.classroom import ROOT
-from minillm.teach.classroom.sandbox import Confinement, Limits, run_confined
+from classroom import ROOT
+from classroom.sandbox import Confinement, Limits, run_confined
 
 
 def confine(

@@ -19,7 +19,7 @@ from nbgrader.preprocessors import Execute
 from nbgrader.utils import is_grade
 from traitlets import Instance
 
-from minillm.teach.classroom.sandbox import Confinement, Jail, SandboxedKernelManager
+from classroom.sandbox import Confinement, Jail, SandboxedKernelManager
 
 ENDED = "EndedByTheGrader"
 RUNS = 5
