@@ -1,6 +1,6 @@
-"""What code in the sandbox can do, found by trying. Run as a script by `sandbox.confine`.
+"""What code in the sandbox can do, found by trying. Its text is run by `confine.py`.
 
-    python -I probe.py '{"port": 40000, ...}'
+    python -I -c TEXT '{"port": 40000, ...}'
 
 Prints one JSON object of observations; the grader outside judges them. Standard library only.
 """

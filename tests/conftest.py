@@ -1,6 +1,9 @@
 """Settings that every test and every kernel started by a test shares."""
 
 import os
+import sys
+
+import pytest
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",  # pytest-xdist already uses the cores
@@ -15,3 +18,11 @@ SETTINGS = {
 def pytest_configure(config):
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """A test that flushes subnormal numbers, as recipes do, must not do so for the next one."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)

@@ -36,7 +36,7 @@ class Recipe:
     n_layers: int = 4
     n_heads: int = 4
     max_len: int = 256
-    steps: int = 900
+    steps: int = 1400
     batch: int = 16
     """stories a step"""
     lr: float = 4e-3
