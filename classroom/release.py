@@ -6,6 +6,7 @@ Reads `chapters/NN_name/assignment.ipynb`, writes `build/release/NN_name/assignm
 registers the graded cells in the gradebook, which restores them when a student changed them.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def open_course(course: Path = ROOT, extra: Config | None = None) -> NbGraderAPI
     config = course_config(course)
     config.merge(extra or Config())
     (course / "build").mkdir(exist_ok=True)
+    # nbgrader starts `alembic` by name, which is not on the path of an environment that was not
+    # activated
+    tools, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if tools not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join((tools, path))
     return NbGraderAPI(CourseDirectory(config=config), config=config)
 
 

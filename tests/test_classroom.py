@@ -500,6 +500,14 @@ def demo(tmp_path_factory):
     return folder, release(CHAPTER, folder)
 
 
+def test_nbgrader_finds_its_tools_in_an_environment_that_was_not_activated(tmp_path, monkeypatch):
+    from classroom.release import open_course
+
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    open_course(tmp_path)
+    assert Path(shutil.which("alembic")).parent == Path(sys.executable).parent
+
+
 @pytest.mark.slow
 def test_release_takes_solutions_and_hidden_tests_out(demo):
     _, released = demo
