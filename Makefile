@@ -38,10 +38,10 @@ $(READY_TESTS): $(READY) tests/requirements.txt
 lab: $(READY)  ## set everything up, open JupyterLab on chapter 00
 	@$(PY) -m classroom.lab
 
-test: $(READY_TESTS)  ## run all tests, lectures and assignments (under 15 minutes on 2 cores)
+test: $(READY_TESTS)  ## run all tests, lectures and assignments (about 5 minutes on 2 cores)
 	$(PYTEST)
 
-test-fast: $(READY_TESTS)  ## run the tests that need no notebook (under 3 minutes)
+test-fast: $(READY_TESTS)  ## run the tests that need no notebook (about a minute)
 	$(PYTEST) -m "not slow"
 
 lectures: $(READY)  ## re-execute the lectures and store their outputs (ONLY=chapters/03_attention/lecture.ipynb)
@@ -57,7 +57,7 @@ grade: $(READY)  ## autograde SUBMISSIONS=folder, write build/grades.csv and fee
 claims: $(READY)  ## print the ledger of executed claims
 	@$(PY) -m minillm.teach.claims
 
-bench: $(READY_TESTS)  ## measure speed and memory, write assets/benchmarks/ (about 20 minutes, quiet machine)
+bench: $(READY_TESTS)  ## measure speed and memory, write assets/benchmarks/ (about 5 minutes, quiet machine)
 	@set -e; for script in tests/benchmarks/*.py; do echo "== $$script"; $(PY) $$script; done
 
 lint: $(READY_TESTS)  ## check style, code and notebooks
