@@ -58,7 +58,7 @@ claims: $(READY)  ## print the ledger of executed claims
 	@$(PY) -m minillm.teach.claims
 
 bench: $(READY_TESTS)  ## measure speed and memory, write assets/benchmarks/ (about 5 minutes, quiet machine)
-	@set -e; for script in tests/benchmarks/*.py; do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in tests/benchmarks/[!_]*.py; do echo "== $$script"; $(PY) $$script; done
 
 lint: $(READY_TESTS)  ## check style, code and notebooks
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

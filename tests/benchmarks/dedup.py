@@ -8,36 +8,14 @@ of the words were changed.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import random
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import tyro
+from _record import record
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from minillm.data import corpora, dedup  # noqa: E402 (the path comes first)
-
-
-def machine() -> dict[str, object]:
-    """What a number can only be compared within."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+from minillm.data import corpora, dedup
 
 
 def documents(n: int, seed: int = 0) -> tuple[list[str], list[tuple[int, int]]]:
@@ -86,12 +64,7 @@ def main(quick: bool = False) -> None:
     }
     for name, value in result.items():
         print(f"{name:>40}  {value}")
-    if quick:
-        print("quick run: nothing recorded")
-        return
-    target = ROOT / "assets/benchmarks/dedup.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"machine": machine(), "result": result}, indent=2) + "\n")
+    record("dedup", result, ("numpy",), quick)
 
 
 if __name__ == "__main__":

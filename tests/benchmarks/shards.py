@@ -9,10 +9,7 @@ writes assets/benchmarks/shards.json.
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -23,11 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import tyro
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from _record import record
 
 EOT = "<|endoftext|>"
 
@@ -122,21 +116,6 @@ def in_subprocess(folder: Path, part: str) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
-def machine() -> dict[str, object]:
-    """What a number can only be compared within."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "tiktoken": tiktoken.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main(quick: bool = False, folder: Path | None = None, part: str | None = None) -> None:
     """Measure; `--quick` takes 64 MB of text. `--folder --part` is one part, used internally."""
     if folder is not None and part is not None:
@@ -158,12 +137,7 @@ def main(quick: bool = False, folder: Path | None = None, part: str | None = Non
         print(part)
         for key, value in values.items():
             print(f"{key:>24}  {value}")
-    if quick:
-        print("quick run: nothing recorded")
-        return
-    target = ROOT / "assets/benchmarks/shards.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"machine": machine(), "result": result}, indent=2) + "\n")
+    record("shards", result, ("numpy", "tiktoken"), quick)
 
 
 if __name__ == "__main__":

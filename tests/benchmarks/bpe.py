@@ -1,39 +1,28 @@
 """Speed of our BPE beside the Rust `tokenizers` trainer and tiktoken, on the standard library.
 
-    python tests/benchmarks/tokenizers.py [--quick]
+    python tests/benchmarks/bpe.py [--quick]
 
 Training: the same text and the same split pattern for both, wall time of the whole call. Encoding:
 the same merges for all, on one thread. The contestants take turns, and each figure is a median, so
-that other work on the machine falls on all of them. Writes assets/benchmarks/tokenizers.json.
+that other work on the machine falls on all of them. Writes assets/benchmarks/bpe.json.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)  # instead of this folder, where `tokenizers` would be this very file
+import tiktoken
+import tiktoken_ext.openai_public as shipped
+import tokenizers
+import tyro
+from _record import record
+from tokenizers import pre_tokenizers
 
-import tiktoken  # noqa: E402
-import tiktoken_ext.openai_public as shipped  # noqa: E402
-import tokenizers  # noqa: E402
-import tyro  # noqa: E402
-from tokenizers import pre_tokenizers  # noqa: E402
-
-from minillm.data import corpora  # noqa: E402
-from minillm.tokenizers import BPE, to_tiktoken, train_bpe  # noqa: E402
-from minillm.tokenizers.pretokenize import GPT2_PATTERN  # noqa: E402
-
-OUT = ROOT / "assets" / "benchmarks" / "tokenizers.json"
+from minillm.data import corpora
+from minillm.tokenizers import BPE, to_tiktoken, train_bpe
+from minillm.tokenizers.pretokenize import GPT2_PATTERN
 
 
 def train_rust(documents: list[str], merges: int) -> tokenizers.Tokenizer:
@@ -122,7 +111,7 @@ def benchmark_encoding(documents: list[str], repeats: int) -> dict[str, object]:
     }
 
 
-def main(quick: bool = False, out: Path = OUT) -> None:
+def main(quick: bool = False) -> None:
     """Run, print a table, write JSON. `quick`: a tenth of the text, one run, nothing written."""
     documents = corpora.stdlib()[:: 10 if quick else 1]
     size = sum(len(document.encode()) for document in documents)
@@ -143,20 +132,8 @@ def main(quick: bool = False, out: Path = OUT) -> None:
         print(f"{name:>14} {rate:>12,.0f}")
     print(f"\nour encoder takes {encoding['ours_over_tiktoken']:.2f} times as long as tiktoken,")
     print(f"our merges exported to tiktoken {encoding['exported_over_tiktoken']:.2f} times")
-    if quick:
-        return
-    report = {
-        "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("tokenizers", "tiktoken", "regex")},
-        "date": date.today().isoformat(),
-        "bytes": size,
-        "repeats": repeats,
-        "training": training,
-        "encoding": encoding,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    result = {"bytes": size, "repeats": repeats, "training": training, "encoding": encoding}
+    record("bpe", result, ("tokenizers", "tiktoken", "regex"), quick)
 
 
 if __name__ == "__main__":
