@@ -18,6 +18,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm import paths
 from minillm.tokenizers import BPE, bpe_file, bpe_train, extend, load_course_tokenizer, train_bpe
 from minillm.tokenizers import bpe as bpe_module
 from minillm.tokenizers import count as count_module
@@ -564,7 +565,7 @@ def test_a_failed_save_leaves_the_old_file(bpe, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bpe_file.os, "replace", full_disk)
+    monkeypatch.setattr(paths.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         bpe.save(path, about="new")
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -19,6 +19,8 @@ from types import MappingProxyType
 
 from tqdm.auto import tqdm
 
+from minillm.paths import write_atomically
+
 OFFLINE = "the offline corpora are pydocs, stdlib, stories"
 
 
@@ -89,7 +91,9 @@ def download(
         print(f"{name}: {path.stat().st_size:,} bytes, sha256 {actual} ({state})")
         print(f"{name}: license: {source.license}")
     if expected is None:
-        _write_whole(pin, f"{actual}  {path.name}\n")  # the format that `sha256sum -c` reads
+        write_atomically(
+            pin, f"{actual}  {path.name}\n".encode()
+        )  # the format that `sha256sum -c` reads
     return path
 
 
@@ -200,7 +204,7 @@ def _keep_tag(response: http.client.HTTPResponse, tag: Path) -> None:
     if not name or name.startswith("W/"):  # a weak tag may not guard a range
         name = response.headers.get("Last-Modified", "")
     if name:
-        _write_whole(tag, name)
+        write_atomically(tag, name.encode())
     else:
         tag.unlink(missing_ok=True)
 
@@ -224,9 +228,3 @@ def _copy(response: http.client.HTTPResponse, part: Path, start: int, total: int
             done += len(chunk)
             bar.update(len(chunk))
     return "" if done == total else f"after {done:,} of {total:,} bytes"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, path)

@@ -12,6 +12,7 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.model.lm import LM
+from minillm.paths import write_atomically
 
 
 def save(model: LM, folder: Path, name: str, tokenizer: Path) -> None:
@@ -32,8 +33,8 @@ def save(model: LM, folder: Path, name: str, tokenizer: Path) -> None:
         "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{name}.safetensors", weights)
-    _replace(folder / f"{name}.json", (json.dumps(card, indent=2) + "\n").encode())
+    write_atomically(folder / f"{name}.safetensors", weights)
+    write_atomically(folder / f"{name}.json", (json.dumps(card, indent=2) + "\n").encode())
 
 
 def load(folder: Path, name: str, tokenizer: Path) -> LM:
@@ -60,10 +61,3 @@ def _check(file: str, data: bytes, expected: str) -> None:
             f"{file} has SHA-256 {found}, written down was {expected}: it was changed since the "
             "model was saved; restore it or run the model's recipe again"
         )
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write under another name first, so that nobody sees half a file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -23,7 +23,7 @@ from minillm.data import stories
 from minillm.data.batches import pad
 from minillm.model import LM
 from minillm.model.load import load, save
-from minillm.paths import ASSETS
+from minillm.paths import ASSETS, write_atomically
 from minillm.tokenizers import BPE, COURSE_TOKENIZER, load_course_tokenizer
 from minillm.train import evaluate, train
 
@@ -129,7 +129,7 @@ def main(recipe: Recipe) -> None:
         "steps": log,
     }
     path = recipe.folder / "tiny.log.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     print(f"held-out loss {loss:.4f} nats a token; the stories' own entropy is at most", end=" ")
     print(f"{result['entropy_of_stories']:.4f}. Written to {recipe.folder}")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from minillm.paths import write_atomically
 
 FORMAT, VERSION = "minillm-bpe", 1
 _ESCAPE = re.compile(rb"\\(?:(\\)|x([0-9a-f]{2})|(.?))", re.DOTALL)
@@ -63,16 +63,7 @@ def write(
         ("merges", [[to_text(left), to_text(right)] for left, right in merges]),
     ):
         lines.append(f"{_dump(key)}: [\n" + ",\n".join(map(_dump, rows)) + "\n]")
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(Path(path), ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def read(path: str | Path) -> dict[str, Any]:
