@@ -9,11 +9,14 @@ student's functions. Code written to deceive can see them while they run, or ans
 
 import json
 import os
+import pwd
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from jupyter_client.manager import AsyncKernelManager
 
 from classroom import ROOT
 
-NOBODY = 65534
+STRANGERS = range(61184, 65520)  # user ids that systemd, too, hands out for a moment
 SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/sys/devices/system/cpu"),
     *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives"),
@@ -100,13 +103,15 @@ class Jail:
         # below the repository, so that notebooks find the package by looking upwards
         self.cwd = ROOT / "build" / "sandbox" / uuid.uuid4().hex[:12]
         self.confinement = confinement
+        self.uid = _stranger() if confinement.drop_uid else os.getuid()
+        self.gid = self.uid if confinement.drop_uid else os.getgid()
         if files is not None:
             self._carry(files)
         if not confinement.namespaces:
             shutil.copytree(self.folder / "files", self.cwd)
             if confinement.drop_uid:
                 for path in (self.cwd, *self.cwd.iterdir()):
-                    os.chown(path, NOBODY, NOBODY)
+                    os.chown(path, self.uid, self.gid)
 
     def _carry(self, files: Path) -> None:
         """Take what lies beside the notebook, but no notebook (it may hold tests) and no link."""
@@ -120,9 +125,9 @@ class Jail:
         spec = {
             "namespaces": how.namespaces,
             "drop_uid": how.drop_uid,
-            "uid": NOBODY if how.drop_uid else os.getuid(),
-            "gid": NOBODY if how.drop_uid else os.getgid(),
-            "limits": how.limits.of_a_process(_threads(how)),
+            "uid": self.uid,
+            "gid": self.gid,
+            "limits": how.limits.of_a_process(0 if how.namespaces else _threads()[self.uid]),
             "seconds": how.limits.seconds,
             "memory": how.limits.memory,
             "disk": how.limits.disk,
@@ -140,6 +145,7 @@ class Jail:
         return {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(self.cwd),
+            "LOGNAME": "nobody",  # the user id has no name; programs ask here first
             "IPYTHONDIR": str(self.cwd / ".ipython"),
             "MPLCONFIGDIR": str(self.cwd / ".matplotlib"),
             "LANG": os.environ.get("LANG", "C.UTF-8"),
@@ -164,18 +170,22 @@ class Jail:
         shutil.rmtree(self.cwd, ignore_errors=True)
 
 
-def _threads(how: Confinement) -> int:
-    """Threads that the limited user has already (they count, except in a namespace of its own)."""
-    if how.namespaces and not how.drop_uid:
-        return 0
-    uid, count = NOBODY if how.drop_uid else os.getuid(), 0
+def _threads() -> Counter[int]:
+    """How many threads each user of this machine has."""
+    found: Counter[int] = Counter()
     for task in Path("/proc").glob("[0-9]*"):
         try:
-            if task.stat().st_uid == uid:
-                count += len(os.listdir(task / "task"))
+            found[task.stat().st_uid] += len(os.listdir(task / "task"))
         except OSError:
             continue  # it ended meanwhile
-    return count
+    return found
+
+
+def _stranger() -> int:
+    """A user id that nobody has: the limit on processes counts per user, so that two sandboxes of
+    one user would take them from each other."""
+    taken = {entry.pw_uid for entry in pwd.getpwall()} | set(_threads())
+    return secrets.choice([uid for uid in STRANGERS if uid not in taken])
 
 
 def _readable() -> list[str]:
