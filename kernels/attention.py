@@ -18,11 +18,23 @@ def _spread(x: Tensor, n_heads: int) -> Tensor:
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """q kᵀ · scale, [b, h, t, s], forbidden places at the lowest finite number."""
+def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """The mask, or the causal one in which the last query stands at the last key."""
+    if not causal:
+        return mask
+    t, s = q.shape[2], k.shape[2]
+    return torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+
+
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, bias: Tensor | None
+) -> Tensor:
+    """q kᵀ · scale + bias, [b, h, t, s], forbidden places at the lowest finite number."""
     wide = torch.promote_types(q.dtype, torch.float32)  # half precision would overflow
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q.to(wide) @ _spread(k, q.shape[1]).to(wide).mT) * scale
+    if bias is not None:
+        scores = scores + bias
     # Finite, so that a row without any allowed key makes no NaN on its way to zero.
     return scores if mask is None else scores.masked_fill(~mask, torch.finfo(wide).min)
 
@@ -32,12 +44,20 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return p if mask is None else p.masked_fill(~mask, 0.0)
 
 
-def weights(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Attention weights softmax(q kᵀ · scale), [b, h, t, s], float32 at least.
+def weights(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Attention weights softmax(q kᵀ · scale + bias), [b, h, t, s], float32 at least.
 
     Rows sum to one, except rows whose mask allows no key: those are zero, as in PyTorch.
     """
-    return _softmax(_scores(q, k, mask, scale), mask)
+    mask = _allowed(q, k, mask, causal)
+    return _softmax(_scores(q, k, mask, scale, bias), mask)
 
 
 def reference(
@@ -46,18 +66,22 @@ def reference(
     v: Tensor,
     mask: Tensor | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention output softmax(q kᵀ · scale) v, [b, h, t, d].
+    """Attention output softmax(q kᵀ · scale + bias) v, [b, h, t, d].
 
     q [b, h, t, d], k and v [b, g, s, d]; `mask` is boolean, True = may attend, and broadcasts to
-    [b, h, t, s]; `scale` defaults to 1/√d. With `return_lse` also the log of each row's softmax
-    denominator, log Σ exp(score), [b, h, t]: with it the results over two sets of keys can be
-    merged into the result over both.
+    [b, h, t, s], or `causal` is the mask in which the last query stands at the last key; `scale`
+    defaults to 1/√d; `bias` broadcasts to [b, h, t, s]. With `return_lse` also the log of each
+    row's softmax denominator, log Σ exp(score), [b, h, t]: with it the results over two sets of
+    keys can be merged into the result over both.
 
     Source: Vaswani et al., Attention Is All You Need, 2017.
     """
-    scores = _scores(q, k, mask, scale)
+    mask = _allowed(q, k, mask, causal)
+    scores = _scores(q, k, mask, scale, bias)
     p = _softmax(scores, mask)
     out = (p @ _spread(v, q.shape[1]).to(p.dtype)).to(v.dtype)
     return (out, scores.logsumexp(-1)) if return_lse else out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,11 +15,28 @@ __all__ = ["attention_cost", "op"]
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """PyTorch's own fused attention, which picks a kernel for the tensors' device."""
+    t, s = q.shape[2], k.shape[2]
+    if causal and (t == 1 or (t == s and bias is None)):
+        causal = t > 1  # a single query at the end sees everything
+    elif causal:
+        # PyTorch's own causal mask puts the first query at the first key
+        mask, causal = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t), False
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(q.dtype).min)
     grouped = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=grouped
+    )
 
 
 def op(name: str, impl: str = "auto") -> Callable[..., Tensor]:

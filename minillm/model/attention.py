@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 from minillm.model.cache import LayerCache
+from minillm.model.mask import sliding_window_mask
+from minillm.model.norm import RMSNorm
+from minillm.model.position import rotate
 from minillm.ops import op
 
 
@@ -20,18 +23,26 @@ def attend(
     mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "reference",
+    bias: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v: a mean of the values, weighted by how well each key fits.
+    """softmax(q kᵀ · scale + bias) v: a mean of the values, weighted by how well each key fits.
 
     q [b, h, t, d], k and v [b, g, s, d] with h a multiple of g, result [b, h, t, d]. `mask` is
-    boolean, True = may attend, [t, s] or [b | 1, h | 1, t | 1, s]. `scale` defaults to 1/√d.
-    A row that may attend to nothing gives zeros.
+    boolean, True = may attend, [t, s] or [b | 1, h | 1, t | 1, s]; `causal` is the mask in which
+    the last query stands at the last key (not both). `scale` defaults to 1/√d; `bias`
+    [b | 1, h, t, s] is added to the scores. A row that may attend to nothing gives zeros.
 
     Raises ValueError when shapes or the mask do not fit. Source: Vaswani et al., Attention Is All
     You Need, 2017; grouped heads: Ainslie et al., GQA, 2023.
     """
     check_shapes(q, k, v, mask)
-    return op("attention", impl)(q, k, v, mask=mask, scale=scale)
+    if causal and (mask is not None or q.shape[2] > k.shape[2]):
+        raise ValueError(
+            "causal is a mask of its own, for at most as many queries as keys; got "
+            f"{q.shape[2]} queries, {k.shape[2]} keys and {'a' if mask is not None else 'no'} mask"
+        )
+    return op("attention", impl)(q, k, v, mask=mask, scale=scale, bias=bias, causal=causal)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
@@ -117,41 +128,84 @@ class Attention(nn.Module):
     heads is read off the width of the projections, so a narrower q, k, v, out works unchanged.
 
     Source: Vaswani et al., Attention Is All You Need, 2017; Shazeer, Fast Transformer Decoding,
-    2019; Ainslie et al., GQA, 2023.
+    2019; Ainslie et al., GQA, 2023; norm of queries and keys: Henry et al., Query-Key
+    Normalization for Transformers, 2020.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, causal: bool = True) -> None:
         super().__init__()
-        self.d_head, self.impl = cfg.d_head, cfg.impl
-        self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=False)
-        self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=False)
-        self.v = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=False)
-        self.out = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+        self.d_head, self.scale, self.impl = cfg.d_head, cfg.attention_scale, cfg.impl
+        self.causal, self.window, self.layout = causal, cfg.window, cfg.rope_layout
+        self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
+        self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=cfg.bias)
+        self.v = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=cfg.bias)
+        self.out = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=cfg.bias)
+        self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else None
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [b, t, d_model] -> q [b, h, t, d], k and v [b, g, t, d]."""
+    def project(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        memory: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [b, t, d_model] -> q [b, h, t, d], k and v [b, g, t, d], or from `memory` [b, s, ...].
+
+        `rotation` is cos and sin of x's positions, see `minillm.model.position.rotate`.
+        """
+        source = x if memory is None else memory
         q, k, v = (
-            rearrange(linear(x), "b t (h d) -> b h t d", d=self.d_head)
-            for linear in (self.q, self.k, self.v)
+            rearrange(linear(y), "b t (h d) -> b h t d", d=self.d_head)
+            for linear, y in ((self.q, x), (self.k, source), (self.v, source))
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = (rotate(y, *rotation, self.layout) for y in (q, k))
         return q, k, v
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
-        """x [b, t, d_model] -> [b, t, d_model]; without a mask every token sees every token.
+        """x [b, t, d_model] -> [b, t, d_model].
 
-        With a cache, x holds only the new tokens; their keys and values are appended, and the
-        mask covers the old keys too: [t, old + t].
+        Without a mask a causal layer sees what lies behind (within the window, if there is one),
+        any other everything. With a cache, x holds only the new tokens; their keys and values are
+        appended, and the mask covers the old keys too: [t, old + t]. With `memory` [b, s, d_model]
+        keys and values come from there.
         """
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, rotation, memory)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask, impl=self.impl)
+        mask, causal = self._mask(mask, q.shape[2], k.shape[2], q.device)
+        y = attend(q, k, v, mask, self.scale, self.impl, bias, causal)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 
-    def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The attention weights for x, [b, h, t, t]: what an attention map shows."""
-        q, k, v = self.project(x)
-        check_shapes(q, k, v, mask)
-        return op("attention_weights", self.impl)(q, k, mask)
+    def _mask(
+        self, mask: Tensor | None, t: int, s: int, device: torch.device
+    ) -> tuple[Tensor | None, bool]:
+        """The mask to use, and whether it is the causal one, which needs no matrix."""
+        if mask is not None or not self.causal:
+            return mask, False
+        if self.window is not None and self.window < s:
+            return sliding_window_mask(t, self.window, s - t, device), False
+        return None, True
+
+    def weights(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """Attention weights [b, h, t, s] that `forward` would use: to look at, not to train."""
+        q, k, _ = self.project(x, rotation, memory)
+        mask, causal = self._mask(mask, q.shape[2], k.shape[2], q.device)
+        return op("attention_weights", self.impl)(q, k, mask, self.scale, bias, causal)

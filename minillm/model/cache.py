@@ -74,6 +74,21 @@ class KVCache:
             LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
             for _ in range(n_layers)
         ]
+        self._positions = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+
+    def remember(self, positions: Tensor) -> Tensor:
+        """Store the new tokens' positions [t] or [b, t]; all so far, [b, length + t].
+
+        To be called before the layers append. Raises ValueError when they do not fit.
+        """
+        start, end = self.length, self.length + positions.shape[-1]
+        if end > self.capacity:
+            raise ValueError(
+                f"the cache holds {start} of {self.capacity} tokens, "
+                f"{positions.shape[-1]} more are {end - self.capacity} too many"
+            )
+        self._positions[:, start:end] = positions
+        return self._positions[:, :end]
 
     @classmethod
     def for_config(

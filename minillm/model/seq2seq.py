@@ -1,0 +1,209 @@
+"""Encoder and encoder-decoder: the blocks of `minillm.model.lm`, with other masks.
+
+`LM`, the decoder, lets each token see what lies behind it; `Encoder` lets it see every token; in
+`Seq2Seq` the decoder sees, besides what lies behind, a whole other sequence.
+"""
+
+# b batch, t (target) tokens, s source tokens, d model width, v vocabulary
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.config import ModelConfig
+from minillm.model.block import Block, initialize
+from minillm.model.cache import KVCache
+from minillm.model.lm import check_ids
+from minillm.model.norm import make_norm
+from minillm.model.position import Position
+
+
+class Stack(nn.Module):
+    """Positions, blocks and the final norm, between token vectors and the output matrix.
+
+    `causal` blocks look back only; `cross` adds attention to a second sequence to each block.
+    """
+
+    def __init__(self, cfg: ModelConfig, causal: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.cfg = cfg
+        layers = cfg.n_layers if causal else cfg.encoder_layers
+        self.position = Position(cfg, bidirectional=not causal)
+        self.embedding_norm = make_norm(cfg) if cfg.embedding_norm else None
+        self.blocks = nn.ModuleList(Block(cfg, causal, cross) for _ in range(layers))
+        # after the last join post-norm has normalized already
+        self.norm = make_norm(cfg) if cfg.placement in ("pre", "sandwich") else None
+
+    def run(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Token vectors x [b, t, d], and `memory` [b, s, d] for `cross` -> [b, t, d], normalized.
+
+        `positions` [t] or [b, t] default to 0, 1, 2, ..., going on behind a cache.
+        """
+        offset = 0 if cache is None else cache.length
+        if cache is not None and len(cache.layers) != len(self.blocks):
+            raise ValueError(f"a cache of {len(cache.layers)} layers, {len(self.blocks)} blocks")
+        if positions is None:
+            positions = torch.arange(offset, offset + x.shape[1], device=x.device)
+        if self.cfg.position in ("learned", "hierarchical"):
+            check_ids("positions", positions, self.cfg.max_len)
+        x = self.position.add(x, positions)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        x = F.dropout(x, self.cfg.dropout, self.training) if self.cfg.dropout else x
+        keys = positions if cache is None else cache.remember(positions)
+        rotation, bias = self.position.rotation(positions), self.position.bias(positions, keys)
+        layers = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, mask, layer, rotation, bias, memory, memory_mask)
+        return x if self.norm is None else self.norm(x)
+
+
+class MaskedHead(nn.Module):
+    """BERT's last step before the output matrix: norm(GELU(dense(x))), and a bias for the logits.
+
+    Source: Devlin et al., BERT, 2019, and its published code.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(cfg.d_model, cfg.d_model)
+        self.norm = make_norm(cfg)
+        self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, t, d] -> [b, t, d]."""
+        return self.norm(F.gelu(self.dense(x)))
+
+
+class Encoder(Stack):
+    """A transformer that sees both ways, for tokens to be filled in or for features.
+
+    With `cfg.n_segments` each token also carries the vector of its segment, with `cfg.mlm_head`
+    BERT's head stands before the output matrix. Source: Devlin et al., BERT, 2019.
+    """
+
+    def __init__(self, cfg: ModelConfig, seed: int | None = None) -> None:
+        if cfg.kind != "encoder":
+            raise ValueError(f"Encoder needs kind='encoder', got {cfg.kind!r}")
+        super().__init__(cfg, causal=False)
+        self.tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.segments = nn.Embedding(cfg.n_segments, cfg.d_model) if cfg.n_segments else None
+        self.mlm = MaskedHead(cfg) if cfg.mlm_head else None
+        self.head = _head(cfg, self.tokens)
+        initialize(self, cfg, seed)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [b, t] -> logits [b, t, v] for the token at each place.
+
+        Without a `mask` every token sees every token. Where rows are padded, `real[:, None, None]`
+        hides the padding, with real [b, t] True at tokens. `segments` [b, t] default to 0.
+
+        Raises ValueError for tokens, segments and positions out of range, and for masks that do
+        not fit.
+        """
+        x = self.hidden(tokens, positions, mask, segments)
+        x = x if self.mlm is None else self.mlm(x)
+        logits = _scaled(self.head(x), self.cfg)
+        return logits if self.mlm is None else logits + self.mlm.bias
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """What the blocks make of tokens [b, t], before any head: [b, t, d]."""
+        x = _embed(self.tokens, tokens, "tokens")
+        if self.segments is not None:
+            segments = torch.zeros_like(tokens) if segments is None else segments
+            x = x + _embed(self.segments, segments, "segments")
+        elif segments is not None:
+            raise ValueError("segments were given, but the config has n_segments=0")
+        return self.run(x, positions, mask)
+
+
+class Seq2Seq(nn.Module):
+    """An encoder reads the source, a decoder writes the target and looks at the source as it goes.
+
+    Both share the token vectors; positions, blocks and final norms are their own. Source: Vaswani
+    et al., Attention Is All You Need, 2017; Raffel et al., Exploring the Limits of Transfer
+    Learning with a Unified Text-to-Text Transformer, 2020.
+    """
+
+    def __init__(self, cfg: ModelConfig, seed: int | None = None) -> None:
+        super().__init__()
+        if cfg.kind != "encoder-decoder":
+            raise ValueError(f"Seq2Seq needs kind='encoder-decoder', got {cfg.kind!r}")
+        self.cfg = cfg
+        self.tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.encoder = Stack(cfg, causal=False)
+        self.decoder = Stack(cfg, causal=True, cross=True)
+        self.head = _head(cfg, self.tokens)
+        initialize(self, cfg, seed)
+
+    def forward(self, source: Tensor, target: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """source [b, s], target [b, t] -> logits [b, t, v] for the target token after each.
+
+        `source_mask` [b, 1, 1, s] is True at the source's tokens, False at its padding.
+
+        Raises ValueError for tokens and positions out of range, and for masks that do not fit.
+        """
+        if source_mask is not None and (source_mask.ndim != 4 or source_mask.shape[1:3] != (1, 1)):
+            raise ValueError(
+                f"source_mask {tuple(source_mask.shape)} must be [batch, 1, 1, source tokens]: "
+                "it serves the source's own rows and the target's"
+            )
+        return self.decode(target, self.encode(source, source_mask), source_mask)
+
+    def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """source [b, s] -> memory [b, s, d]."""
+        return self.encoder.run(_embed(self.tokens, source, "source"), mask=source_mask)
+
+    def decode(
+        self,
+        target: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """target [b, t] and memory [b, s, d] -> logits [b, t, v].
+
+        With a `cache`, target holds the new tokens only.
+        """
+        x = _embed(self.tokens, target, "target")
+        x = self.decoder.run(x, cache=cache, memory=memory, memory_mask=memory_mask)
+        return _scaled(self.head(x), self.cfg)
+
+
+def _head(cfg: ModelConfig, tokens: nn.Embedding) -> nn.Linear:
+    head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+    if cfg.tie_embeddings:
+        head.weight = tokens.weight
+    return head
+
+
+def _embed(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"{name} must be [batch, at least one], got {tuple(ids.shape)}")
+    check_ids(name, ids, table.num_embeddings)
+    return table(ids)
+
+
+def _scaled(logits: Tensor, cfg: ModelConfig) -> Tensor:
+    return logits if cfg.logit_scale == 1 else logits * cfg.logit_scale
