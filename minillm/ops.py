@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.attention
+import kernels.linear_cross_entropy
 from kernels.attention import cost as attention_cost
 
 __all__ = ["attention_cost", "op"]
@@ -59,6 +60,10 @@ def op(name: str, impl: str = "auto") -> Callable[..., Tensor]:
         "attention_weights": {
             "auto": kernels.attention.weights,
             "reference": kernels.attention.weights,
+        },
+        "linear_cross_entropy": {
+            "auto": kernels.linear_cross_entropy.chunked,
+            "reference": kernels.linear_cross_entropy.reference,
         },
     }
     if name not in table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,18 +17,23 @@ from minillm.config import ModelConfig
 def sinusoidal(positions: Tensor, d: int, base: float = 10_000.0) -> Tensor:
     """sin and cos of position · base^(-2i/d), alternating: positions [...] -> [..., d].
 
-    Source: Vaswani et al., Attention Is All You Need, 2017.
+    Raises ValueError for an odd d. Source: Vaswani et al., Attention Is All You Need, 2017.
 
     >>> sinusoidal(torch.tensor([0]), 4).tolist()
     [[0.0, 1.0, 0.0, 1.0]]
     """
-    angles = positions[..., None].float() * _frequencies(d, base, positions.device)
+    angles = _angles(positions, d, base)
     return rearrange(torch.stack([angles.sin(), angles.cos()], -1), "... d two -> ... (d two)")
 
 
-def _frequencies(d: int, base: float, device: torch.device) -> Tensor:
-    """base^(-2i/d) for i = 0 .. d/2 - 1: how many radians a pair turns per position."""
-    return base ** (-torch.arange(0, d, 2, device=device).float() / d)
+def _angles(positions: Tensor, d: int, base: float) -> Tensor:
+    """position · base^(-2i/d) for i = 0 .. d/2 - 1, in float32 at least: [...] -> [..., d/2]."""
+    if d < 2 or d % 2:
+        raise ValueError(f"numbers turn in pairs: d={d} must be even and at least 2")
+    wide = torch.promote_types(positions.dtype, torch.float32)
+    # written as published models write it: at position 10,000 another rounding would be visible
+    step = 1.0 / base ** (torch.arange(0, d, 2, device=positions.device).to(wide) / d)
+    return positions[..., None].to(wide) * step
 
 
 def rotation(
@@ -41,13 +47,21 @@ def rotation(
 
     `scaling` stretches the context `factor` times: "linear" divides positions, "ntk" raises theta
     to theta · factor^(d/(d-2)), which leaves the fastest pair alone and slows the slowest `factor`
-    times. Source: Su et al., RoFormer, 2021; Chen et al., Extending Context Window of Large
-    Language Models via Positional Interpolation, 2023.
+    times. Raises ValueError for an odd d, an unknown scaling, or a factor that would do nothing.
+
+    Source: Su et al., RoFormer, 2021; Chen et al., Extending Context Window of Large Language
+    Models via Positional Interpolation, 2023; Peng et al., YaRN, 2023 (on "NTK-aware").
     """
-    if scaling == "ntk" and d > 2:
+    if scaling not in ("none", "linear", "ntk") or (scaling == "none" and factor != 1):
+        raise ValueError(
+            f"scaling={scaling!r} must be 'none' (and factor={factor} then 1), 'linear' or 'ntk'"
+        )
+    if scaling == "ntk":
+        if d <= 2:
+            raise ValueError(f"scaling='ntk' leaves the fastest pair alone; d={d} has no other")
         theta = theta * factor ** (d / (d - 2))
-    step = 1 / factor if scaling == "linear" else 1.0
-    angles = positions[..., None].float() * step * _frequencies(d, theta, positions.device)
+    angles = _angles(positions, d, theta)
+    angles = angles / factor if scaling == "linear" else angles
     return angles.cos(), angles.sin()
 
 
@@ -56,7 +70,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
 
     `layout` says which numbers make a pair: "half" i and i + d/2 (the Llama and Qwen weights as
     published on model hubs), "interleaved" 2i and 2i + 1 (the paper, and Llama's original files).
+    Raises ValueError for another layout, or a width that does not fit the angles.
     """
+    _check_layout(layout)
+    if x.shape[-1] != 2 * cos.shape[-1]:
+        raise ValueError(
+            f"{cos.shape[-1]} angles turn {2 * cos.shape[-1]} numbers, not {x.shape[-1]}"
+        )
     if layout == "half":
         first, second = x.chunk(2, -1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -67,15 +87,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
     return turned.to(x.dtype)
 
 
-def alibi_slopes(n_heads: int) -> Tensor:
-    """2^(-8i/h) for head i = 1 .. h; between powers of two as in the authors' code, [h].
+def convert_layout(weight: Tensor, d_head: int, to: str) -> Tensor:
+    """Permute the rows of a query or key projection [h · d_head, ...] to the other layout.
 
+    With the new weight and `layout=to`, the rotated queries and keys are permuted within each
+    head in the same way, so their scores stay what they were. Biases and the weights of norms
+    over one head convert alike. Raises ValueError where rows do not fill heads.
+
+    >>> rows = torch.tensor([0, 1, 2, 3])
+    >>> convert_layout(rows, 4, to="interleaved").tolist()
+    [0, 2, 1, 3]
+    """
+    _check_layout(to)
+    if d_head < 2 or d_head % 2 or weight.shape[0] % d_head:
+        raise ValueError(f"{weight.shape[0]} rows are not heads of d_head={d_head}, an even number")
+    halves, pairs = "(h two d) ...", "(h d two) ..."
+    old, new = (halves, pairs) if to == "interleaved" else (pairs, halves)
+    return rearrange(weight, f"{old} -> {new}", two=2, d=d_head // 2)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in ("half", "interleaved"):
+        raise ValueError(f"layout={layout!r} must be 'half' or 'interleaved'")
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """2^(-8i/h) for head i = 1 .. h, a power of two; else as in the authors' code, [h].
+
+    Between powers of two: the slopes of the power below, then every other one of the power above.
     Source: Press, Smith and Lewis, Train Short, Test Long, 2022.
 
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
-    power = 2 ** int(math.log2(n_heads))
+    if n_heads < 1:
+        raise ValueError(f"n_heads={n_heads} must be at least 1")
+    power = 2 ** (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     slopes += [2 ** (-4 * i / power) for i in range(1, 2 * (n_heads - power), 2)]
     return torch.tensor(slopes)
@@ -88,8 +135,9 @@ def t5_bucket(
 
     Half of the buckets are exact, the other half grow logarithmically up to `max_distance`;
     everything beyond shares the last. With `bidirectional`, half of all are for keys ahead;
-    without, keys ahead share bucket 0. Source: Raffel et al., Exploring the Limits of Transfer
-    Learning with a Unified Text-to-Text Transformer, 2020.
+    without, keys ahead share bucket 0. Raises ValueError when there are too few buckets, or
+    `max_distance` lies within the exact ones. Source: Raffel et al., Exploring the Limits of
+    Transfer Learning with a Unified Text-to-Text Transformer, 2020.
 
     >>> t5_bucket(torch.tensor([0, -1, -15, -16, -127, -1000])).tolist()
     [0, 1, 15, 16, 31, 31]
@@ -102,6 +150,11 @@ def t5_bucket(
     else:
         distance = (-distance).clamp(min=0)
     exact = buckets // 2
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"{buckets} buckets in one direction are {exact} exact ones: there must be at least "
+            f"one, and max_distance={max_distance} must lie beyond them"
+        )
     share = (distance.clamp(min=1).float() / exact).log() / math.log(max_distance / exact)
     far = exact + (share * (buckets - exact)).long()
     return first + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
@@ -111,12 +164,15 @@ def hierarchical(table: Tensor, positions: Tensor, alpha: float = 0.4) -> Tensor
     """n² position vectors from n learned rows p: positions [...] -> [..., d].
 
     Position i·n + j gets α u_i + (1 - α) u_j with u = (p - α p_0) / (1 - α), so that the first n
-    positions are the learned rows themselves. Source: Su, Hierarchical decomposition of position
-    embeddings, 2020 (blog, in Chinese).
+    positions are the learned rows themselves. Raises ValueError for an α outside (0, 1) or of
+    1/2, which would give (i, j) and (j, i) one row; IndexError beyond n². Source: Su, Hierarchical
+    decomposition of position embeddings, 2020 (blog, in Chinese).
     """
+    if not 0 < alpha < 1 or alpha == 0.5:
+        raise ValueError(f"alpha={alpha} must lie in (0, 1) and not be 0.5")
     u = (table - alpha * table[0]) / (1 - alpha)
     n = len(table)
-    return alpha * u[positions // n] + (1 - alpha) * u[positions % n]
+    return alpha * F.embedding(positions // n, u) + (1 - alpha) * F.embedding(positions % n, u)
 
 
 class Position(nn.Module):
@@ -139,11 +195,12 @@ class Position(nn.Module):
     def add(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [b, t, d] with the positions' vectors added; positions [t] or [b, t]."""
         if self.cfg.position == "learned":
-            return x + self.table[positions]
+            return x + F.embedding(positions, self.table)
         if self.cfg.position == "hierarchical":
             return x + hierarchical(self.table, positions, self.cfg.hierarchical_alpha)
         if self.cfg.position == "sinusoidal":
-            return x + sinusoidal(positions, x.shape[-1]).to(x.dtype)
+            # tokens scaled as in the paper: else these numbers of size one drown them at the start
+            return x * x.shape[-1] ** 0.5 + sinusoidal(positions, x.shape[-1]).to(x.dtype)
         return x
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -165,7 +222,9 @@ class Position(nn.Module):
         if distance.ndim == 2:
             distance = distance[None]
         if self.cfg.position == "alibi":
-            return -self.slopes[:, None, None] * distance.abs()[:, None]
+            # in 16 bits, products of more than three digits would run together
+            slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
+            return -slopes[:, None, None] * distance.abs()[:, None]
         cfg = self.cfg
         bucket = t5_bucket(distance, self.bidirectional, cfg.t5_buckets, cfg.t5_max_distance)
-        return rearrange(self.buckets[bucket], "b t s h -> b h t s")
+        return rearrange(F.embedding(bucket, self.buckets), "b t s h -> b h t s")
