@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent
@@ -13,54 +14,54 @@ import torch  # noqa: E402
 
 from minillm import zoo  # noqa: E402
 from minillm.data import stories  # noqa: E402
-from minillm.model import attention_maps  # noqa: E402
+from minillm.infer import generate  # noqa: E402
 from minillm.teach import plots  # noqa: E402
 
 
 def draw_loss(ax, log, unigram):
+    """The loss on held-out stories as it fell, between what is trivial and what is possible."""
     steps = log["steps"]
-    ax.semilogy([s["tokens"] / 1e6 for s in steps], [s["loss"] for s in steps])
+    ax.semilogy([s["tokens"] / 1e6 for s in steps], [s["held_out"] for s in steps])
     plots.bound(ax, unigram, "knows how often each token occurs")
-    plots.bound(
-        ax, log["entropy_of_stories"], "knows the grammar: nothing can be lower", below=True
-    )
-    ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", ylim=(0.2, 10))
+    entropy = log["entropy_per_story"] * log["recipe"]["held_out"] / log["held_out_tokens"]
+    plots.bound(ax, entropy, "knows the grammar: nothing can be lower", below=True)
+    ax.set(xlabel="training tokens (millions)", ylabel="loss on new stories (nats per token)")
+    ax.set(ylim=(0.2, 10))
     ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
     ax.minorticks_off()
     ax.set_title("A model learns to write stories")
 
 
-def draw_attention(ax, maps, pieces, layer, head):
-    ax.imshow(np.sqrt(maps[layer, head]), cmap="Blues", vmin=0, vmax=1)
-    ax.set_xticks(range(len(pieces)), pieces, rotation=90, fontsize=11)
-    ax.set_yticks(range(len(pieces)), pieces, fontsize=11)
-    ax.grid(False)
-    ax.set(xlabel="token looked at", ylabel="token that looks")
-    ax.set_title(f"Where it looks (layer {layer}, head {head})")
+def write_story(model, tokenizer, seed):
+    """A story of the model's own, drawn at temperature 1."""
+    end = tokenizer.special_ids["<|endoftext|>"]
+    rng = torch.Generator().manual_seed(seed)
+    said = generate(model, torch.tensor([[end]]), 300, generator=rng, stop=end)
+    return tokenizer.decode([token.item() for token in said][:-1])
 
 
-def sharpest_far_head(maps):
-    """The head that puts most weight on tokens 5 or more places back, the first one left out."""
-    t = maps.shape[-1]
-    distance = np.arange(t)[:, None] - np.arange(t)
-    far = (distance >= 5) & (np.arange(t) > 0)
-    return np.unravel_index((maps * far).max(-1).mean(-1).argmax(), maps.shape[:2])
+def draw_story(ax, text, width=52):
+    """The story as a page of text."""
+    ax.set_axis_off()
+    ax.set_title("One that it wrote")
+    page = textwrap.fill(text, width)
+    box = {"boxstyle": "round,pad=0.8", "facecolor": "#F7F3EA", "edgecolor": "#C9BFA8"}
+    ax.text(0.5, 0.5, page, ha="center", va="center", fontsize=13, linespacing=1.5, bbox=box)
 
 
 def main():
     plots.use_style()
-    model, tokenizer = zoo.load("tiny")
+    model, tokenizer = zoo.load("storyteller")
     end = tokenizer.special_ids["<|endoftext|>"]
     texts = [[*tokenizer.encode(text), end] for text in stories.generate(500, seed=1)]
     f = np.bincount(np.concatenate(texts)) / sum(map(len, texts))
     unigram = -(f[f > 0] * np.log(f[f > 0])).sum()
-    ids = [end, *tokenizer.encode(stories.generate(1, seed=5)[0])[:28]]
-    maps = attention_maps(model, torch.tensor([ids]))[0].numpy()
-    pieces = [tokenizer.decode([i]).strip() or "·" for i in ids]
-    pieces[0] = "start"
+    story = write_story(model, tokenizer, seed=0)
+    print(story)
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 6.2), width_ratios=(6, 7))
-    draw_loss(left, json.loads((ASSETS / "models" / "tiny.log.json").read_text()), unigram)
-    draw_attention(right, maps, pieces, *sharpest_far_head(maps))
+    log = json.loads((ASSETS / "models" / "storyteller.log.json").read_text(encoding="utf-8"))
+    draw_loss(left, log, unigram)
+    draw_story(right, story)
     fig.savefig(ASSETS / "readme.png")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import minillm.model.load as files
+from minillm.model import files
 from minillm.model.lm import LM
 from minillm.paths import ASSETS
 from minillm.tokenizers import BPE, COURSE_TOKENIZER, load_course_tokenizer
@@ -15,7 +15,7 @@ MODELS = ASSETS / "models"
 def names(folder: Path = MODELS) -> list[str]:
     """The models there are.
 
-    >>> "tiny" in names()
+    >>> "storyteller" in names()
     True
     """
     return sorted(path.stem for path in folder.glob("*.safetensors"))
@@ -28,7 +28,7 @@ def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE]:
 
     Raises ValueError for an unknown name, listing the known ones, and for a changed file.
 
-    >>> model, tokenizer = load("tiny")
+    >>> model, tokenizer = load("storyteller")
     >>> model.cfg.vocab_size == tokenizer.vocab_size
     True
     """

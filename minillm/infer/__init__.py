@@ -1,5 +1,6 @@
 """Using a trained model."""
 
 from minillm.infer.generate import generate
+from minillm.infer.sampling import choose, probabilities
 
-__all__ = ["generate"]
+__all__ = ["choose", "generate", "probabilities"]
