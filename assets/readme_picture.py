@@ -46,7 +46,7 @@ def draw_story(ax, text, width=52):
     ax.set_title("One that it wrote")
     page = textwrap.fill(text, width)
     box = {"boxstyle": "round,pad=0.8", "facecolor": "#F7F3EA", "edgecolor": "#C9BFA8"}
-    ax.text(0.5, 0.5, page, ha="center", va="center", fontsize=13, linespacing=1.5, bbox=box)
+    ax.text(0.06, 0.5, page, va="center", fontsize=13, linespacing=1.5, bbox=box)
 
 
 def main():

@@ -232,12 +232,25 @@ def test_runs_repeat_from_a_seed_and_stop():
     lm, x = model(), rows(2, 3)
     runs = [run(lm, x, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    whole = run(lm, x, temperature=0)
-    firsts = [row.tolist().index(whole[1, 3]) if whole[1, 3] in row else 99 for row in whole]
-    stopped = list(generate(lm, x, 9, temperature=0, stop=whole[1, 3].item()))
-    assert len(stopped) == min(9, max(firsts) + 1)
-    alone = list(generate(lm, x[1:], 9, temperature=0, stop=whole[1, 3].item()))
-    assert len(alone) == firsts[1] + 1 and alone[-1] == whole[1, 3]
+
+
+def test_a_batch_goes_on_until_every_row_has_stopped():
+    lm, x = model(), rows(2, 3)
+
+    def sample(seed, **kwargs):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack(list(generate(lm, x, 15, generator=generator, **kwargs))).tolist()
+
+    tried = 0
+    for seed in range(2):
+        whole = sample(seed)
+        for stop in {token for pair in whole for token in pair}:
+            first, second = ([pair[i] for pair in [*whole, [stop] * 2]].index(stop) for i in (0, 1))
+            last = max(first, second)
+            assert sample(seed, stop=stop) == whole[: last + 1]
+            # one row stops, goes on to something else, and only then the other stops
+            tried += first != second and last < 15 and whole[last] != [stop, stop]
+    assert tried > 0
 
 
 def test_tokens_can_be_trained_on_and_gradients_stay_on():

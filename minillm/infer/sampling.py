@@ -39,7 +39,7 @@ def probabilities(
     if top_p is None or top_p == 1:
         return p
     ordered, ids = p.sort(dim=-1, descending=True, stable=True)
-    before = ordered.double().cumsum(-1) - ordered  # what the likelier ones hold already
+    before = ordered.cumsum(-1) - ordered  # what the likelier ones hold already
     kept = ordered.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(p).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))
 
