@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -496,6 +498,14 @@ def test_this_cpu_is_measured():
     assert 1e8 < cpu.flops < 1e14 and 1e8 < cpu.bandwidth < 2e12
     assert cpu.flops > 2 * cpu.bandwidth / 4, "a product reuses what it reads"
     assert 1e8 < cpu.memory < 1e14
+    source = np.ones(1 << 25, np.float32)
+    target, times = np.empty_like(source), []
+    for _ in range(4):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - start)
+    numpy = 2 * source.nbytes / min(times)  # read once, written once
+    assert numpy / 20 < cpu.bandwidth < 20 * numpy, "a busy machine varies, a wrong unit does more"
 
 
 @pytest.mark.parametrize(

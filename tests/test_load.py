@@ -224,6 +224,16 @@ def test_configs_that_cannot_be_are_named(name, changes, message):
         read_config(config | changes)
 
 
+def test_t5_scales_its_output_where_the_matrix_is_shared():
+    second = dataclasses.replace(T5, mlp="geglu_tanh", tie_embeddings=False, logit_scale=1.0)
+    _, config = write_config(second)
+    assert config["feed_forward_proj"] == "gated-gelu"
+    assert read_config(config) == dataclasses.replace(second, d_ff=second.mlp_width, max_len=256)
+    del config["scale_decoder_outputs"]  # not in published files
+    assert read_config(config).logit_scale == 1
+    assert read_config(config | {"tie_word_embeddings": True}).logit_scale == 12**-0.5
+
+
 def test_a_config_that_lacks_keys_names_them():
     _, config = write_config(GPT2)
     del config["n_head"], config["vocab_size"]

@@ -340,6 +340,16 @@ def test_resuming_continues_bit_for_bit():
     assert any(not torch.equal(a, b) for a, b in ends)
 
 
+def test_a_schedule_still_reaches_the_masters_after_loading():
+    p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = MasterWeights([p], SGD, lr=1.0)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[0]["lr"] = 0.25
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert p.item() == 0.75
+
+
 def test_prepare_converts_everything_but_the_masters():
     for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         model = Tied()
