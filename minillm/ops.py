@@ -33,7 +33,7 @@ def _sdpa(
         mask, causal = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t), False
     if bias is not None:
         bias = bias.to(q.dtype)
-        mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(q.dtype).min)
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
     grouped = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=grouped

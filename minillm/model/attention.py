@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
@@ -132,10 +131,11 @@ class Attention(nn.Module):
     Normalization for Transformers, 2020.
     """
 
-    def __init__(self, cfg: ModelConfig, causal: bool = True) -> None:
+    def __init__(self, cfg: ModelConfig, causal: bool = False) -> None:
         super().__init__()
-        self.d_head, self.scale, self.impl = cfg.d_head, cfg.attention_scale, cfg.impl
+        self.d_head, self.scale = cfg.d_head, cfg.attention_scale
         self.causal, self.window, self.layout = causal, cfg.window, cfg.rope_layout
+        self.attend, self.look = (op(n, cfg.impl) for n in ("attention", "attention_weights"))
         self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
         self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=cfg.bias)
         self.v = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=cfg.bias)
@@ -154,9 +154,10 @@ class Attention(nn.Module):
         `rotation` is cos and sin of x's positions, see `minillm.model.position.rotate`.
         """
         source = x if memory is None else memory
+        # [b, t, h · d] -> [b, h, t, d]; views, because in generation every microsecond counts
         q, k, v = (
-            rearrange(linear(y), "b t (h d) -> b h t d", d=self.d_head)
-            for linear, y in ((self.q, x), (self.k, source), (self.v, source))
+            y.view(y.shape[0], y.shape[1], -1, self.d_head).transpose(1, 2)
+            for y in (self.q(x), self.k(source), self.v(source))
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -183,9 +184,11 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rotation, memory)
         if cache is not None:
             k, v = cache.append(k, v)
+        if mask is not None or memory is not None:
+            check_shapes(q, k, v, mask)
         mask, causal = self._mask(mask, q.shape[2], k.shape[2], q.device)
-        y = attend(q, k, v, mask, self.scale, self.impl, bias, causal)
-        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+        y = self.attend(q, k, v, mask=mask, scale=self.scale, bias=bias, causal=causal)
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def _mask(
         self, mask: Tensor | None, t: int, s: int, device: torch.device
@@ -208,4 +211,4 @@ class Attention(nn.Module):
         """Attention weights [b, h, t, s] that `forward` would use: to look at, not to train."""
         q, k, _ = self.project(x, rotation, memory)
         mask, causal = self._mask(mask, q.shape[2], k.shape[2], q.device)
-        return op("attention_weights", self.impl)(q, k, mask, self.scale, bias, causal)
+        return self.look(q, k, mask, self.scale, bias, causal)

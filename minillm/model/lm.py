@@ -78,10 +78,7 @@ class LM(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token vectors, with positions where these are added: [b, t, d]."""
-        check_ids("tokens", tokens, self.cfg.vocab_size)
-        if self.cfg.position in ("learned", "hierarchical"):
-            check_ids("positions", positions, self.cfg.max_len)
-        x = self.position.add(self.tokens(tokens), positions)
+        x = self.position.add(look_up(self.tokens, tokens, "tokens"), positions)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return F.dropout(x, self.cfg.dropout, self.training) if self.cfg.dropout else x
@@ -113,13 +110,13 @@ class LM(nn.Module):
         return logits if self.cfg.logit_scale == 1 else logits * self.cfg.logit_scale
 
 
-def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """Raise ValueError unless all of `ids` lie in 0 .. size - 1 (looked at on the CPU only)."""
-    if ids.device.type != "cpu":  # reading the values would make the host wait for the device
-        return
-    low, high = ids.min().item(), ids.max().item()
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} run from {low} to {high}, the model knows 0 to {size - 1}")
+def look_up(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
+    """Rows of `table`; ValueError that says where `ids` lie if some are outside (CPU only)."""
+    try:
+        return table(ids)
+    except IndexError:
+        low, high, last = ids.min(), ids.max(), table.num_embeddings - 1
+        raise ValueError(f"{name} run from {low} to {high}, the model knows 0 to {last}") from None
 
 
 @torch.no_grad()

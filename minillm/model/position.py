@@ -193,15 +193,27 @@ class Position(nn.Module):
             self.register_buffer("slopes", alibi_slopes(cfg.n_heads), persistent=False)
 
     def add(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [b, t, d] with the positions' vectors added; positions [t] or [b, t]."""
+        """x [b, t, d] with the positions' vectors added; positions [t] or [b, t].
+
+        Raises ValueError for positions that a table does not reach (looked at on the CPU only).
+        """
         if self.cfg.position == "learned":
-            return x + F.embedding(positions, self.table)
+            try:
+                return x + F.embedding(positions, self.table)
+            except IndexError:
+                raise ValueError(self._outside(positions)) from None
         if self.cfg.position == "hierarchical":
+            if positions.is_cpu and not 0 <= positions.min() <= positions.max() < self.cfg.max_len:
+                raise ValueError(self._outside(positions))
             return x + hierarchical(self.table, positions, self.cfg.hierarchical_alpha)
         if self.cfg.position == "sinusoidal":
             # tokens scaled as in the paper: else these numbers of size one drown them at the start
             return x * x.shape[-1] ** 0.5 + sinusoidal(positions, x.shape[-1]).to(x.dtype)
         return x
+
+    def _outside(self, positions: Tensor) -> str:
+        low, high = positions.min(), positions.max()
+        return f"positions run from {low} to {high}, the model knows 0 to {self.cfg.max_len - 1}"
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin for `rotate`, [t, d/2] or [b, 1, t, d/2]; `None` if nothing turns."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minillm.config import ModelConfig
 from minillm.model.block import Block, initialize
 from minillm.model.cache import KVCache
-from minillm.model.lm import check_ids
+from minillm.model.lm import look_up
 from minillm.model.norm import make_norm
 from minillm.model.position import Position
 
@@ -54,8 +54,6 @@ class Stack(nn.Module):
             raise ValueError(f"a cache of {len(cache.layers)} layers, {len(self.blocks)} blocks")
         if positions is None:
             positions = torch.arange(offset, offset + x.shape[1], device=x.device)
-        if self.cfg.position in ("learned", "hierarchical"):
-            check_ids("positions", positions, self.cfg.max_len)
         x = self.position.add(x, positions)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         x = F.dropout(x, self.cfg.dropout, self.training) if self.cfg.dropout else x
@@ -201,8 +199,7 @@ def _head(cfg: ModelConfig, tokens: nn.Embedding) -> nn.Linear:
 def _embed(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"{name} must be [batch, at least one], got {tuple(ids.shape)}")
-    check_ids(name, ids, table.num_embeddings)
-    return table(ids)
+    return look_up(table, ids, name)
 
 
 def _scaled(logits: Tensor, cfg: ModelConfig) -> Tensor:
