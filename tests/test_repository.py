@@ -104,7 +104,8 @@ def test_pip_installs_a_package_that_works_far_from_the_repository(tmp_path):
         "assert pathlib.Path(minillm.__file__).is_relative_to(sys.argv[1]), minillm.__file__;"
         "tokenizer = load_course_tokenizer(); text = 'far from home: 你好';"
         "assert tokenizer.decode(tokenizer.encode(text)) == text;"
-        "model, _ = zoo.load('storyteller'); print(model(torch.zeros(1, 3, dtype=torch.long)).shape)"
+        "model, _ = zoo.load('storyteller');"
+        "print(model(torch.zeros(1, 3, dtype=torch.long)).shape)"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(target)],

@@ -149,8 +149,12 @@ WRONG = {
     "t1_rms": [
         RMS.format(wide="x", size=SIZE, y="y * weight"),
         RMS.format(wide=WIDE, size="(wide.var(-1, keepdim=True) + eps).sqrt()", y=WEIGHTED),
-        RMS.format(wide=WIDE, size="(wide.square().mean(-1, keepdim=True).sqrt() + eps)", y=WEIGHTED),
-        RMS.format(wide=WIDE, size="(wide.square().sum(-1, keepdim=True) + eps).sqrt()", y=WEIGHTED),
+        RMS.format(
+            wide=WIDE, size="(wide.square().mean(-1, keepdim=True).sqrt() + eps)", y=WEIGHTED
+        ),
+        RMS.format(
+            wide=WIDE, size="(wide.square().sum(-1, keepdim=True) + eps).sqrt()", y=WEIGHTED
+        ),
         RMS.format(wide=WIDE, size="(wide.square().mean() + eps).sqrt()", y=WEIGHTED),
         RMS.format(wide=WIDE, size=SIZE, y="y"),
         RMS.format(wide="x.float()", size=SIZE, y=WEIGHTED),
