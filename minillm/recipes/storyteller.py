@@ -1,6 +1,6 @@
 """Train `storyteller`, the zoo's first model: `python -m minillm.recipes.storyteller`.
 
-A small Llama (RoPE, RMSNorm, SwiGLU, tied embeddings) reads made-up stories on one core;
+A small Llama (RoPE, RMSNorm, SwiGLU, tied embeddings) reads made-up stories on two cores;
 `storyteller.log.json` says how long the shipped run took. One document is a row:
 
     <|endoftext|> story <|endoftext|> <|user|> question <|assistant|> answer <|endoftext|> ...
@@ -63,7 +63,7 @@ class Recipe:
     steps: int = 4000
     batch: int = 16
     """rows a step"""
-    questions: int = 2
+    questions: int = 6
     """how many of a story's questions come with it"""
     prose_every: int = 32
     """one row in so many is prose"""
@@ -77,7 +77,7 @@ class Recipe:
     """of the first story that is kept for judging; the others have the numbers behind it"""
     held_out: int = 400
     """how many of these"""
-    threads: int = 1
+    threads: int = 2
     folder: Path = ASSETS / "models"
     checkpoints: Path | None = None
     """where to keep checkpoints, to go on from if the run is stopped"""
