@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["MODE", "autotune", "can_run", "check", "config", "jit", "programs", "tl", "triton"]
+
 NARROW = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -86,7 +88,7 @@ def check(*tensors: Tensor | None, dtypes: Sequence[torch.dtype] | None = None) 
 
 def can_run(device: torch.device) -> bool:
     """Whether kernels run on tensors of this device."""
-    return MODE == {"cuda": "gpu", "cpu": "interpreter"}.get(device.type)
+    return {"cuda": "gpu", "cpu": "interpreter"}.get(device.type) == MODE
 
 
 def jit(fn: Callable[..., None]) -> Any:
