@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from minillm.config import ModelConfig
 from minillm.infer import choose, generate, probabilities
+from minillm.infer.prepare import prepare
 from minillm.model import LM
 from minillm.model.seq2seq import Seq2Seq
 
@@ -291,3 +292,38 @@ def test_prompts_of_other_shapes_are_refused(shape):
         generate(model(), torch.zeros(shape, dtype=torch.long), 1)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         generate(model(), rows(1, 1), 0)
+
+
+# -- prepared for generating ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*VARIANTS.values(), ROPE | {"qk_norm": True, "bias": True}, {"tie_embeddings": False}],
+    ids=[*VARIANTS, "norms and biases", "untied"],
+)
+def test_a_prepared_model_is_the_same_function(changes):
+    lm = model(**changes)
+    ready, x = prepare(lm), rows(3, 5)
+    torch.testing.assert_close(ready(x), lm(x), rtol=1e-9, atol=1e-9)
+    assert torch.equal(run(ready, x, temperature=0.0), run(lm, x, temperature=0.0))
+    names = [name for name, p in lm.named_parameters() if ".attn.q." not in name]
+    assert all(p.requires_grad for p in lm.parameters()) and names
+    assert not any(p.requires_grad for p in ready.parameters())
+
+
+def test_a_prepared_model_is_a_copy_with_weights_laid_the_other_way():
+    lm = model()
+    before = {name: p.clone() for name, p in lm.named_parameters()}
+    ready = prepare(lm)
+    shapes = [m.weight.shape for m in lm.modules() if isinstance(m, torch.nn.Linear)]
+    assert sum(s.numel() for s in shapes) == sum(
+        m.weight.numel() for m in ready.modules() if isinstance(m, torch.nn.Linear)
+    )
+    for module in ready.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.t().is_contiguous()
+    for name, p in lm.named_parameters():
+        assert torch.equal(p, before[name]) and p.is_contiguous()
+    with pytest.raises(ValueError, match="two sequences"):
+        ready.blocks[0].attn(torch.zeros(1, 2, 24).double(), memory=torch.zeros(1, 3, 24).double())

@@ -86,21 +86,13 @@ def test_the_log_belongs_to_the_files_that_are_shipped(shipped):
     assert log["steps"][-1]["step"] == recipe.steps
     assert log["entropy_per_story"] == stories.entropy()
     assert log["held_out_loss"] < 1.1 * stories.entropy() * recipe.held_out / log["held_out_tokens"]
-    assert log["seconds"] > 0 and log["recipe"]["threads"] == 1
+    assert log["seconds"] > 0 and log["recipe"]["threads"] == 2
     assert 1e6 <= sum(p.numel() for p in lm.parameters()) <= 3e6
     assert (zoo.MODELS / "storyteller.safetensors").stat().st_size < 8e6
     cfg = lm.cfg
     assert (cfg.norm, cfg.position, cfg.mlp, cfg.tie_embeddings) == ("rms", "rope", "swiglu", True)
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(reason="84 %: 'What was X?' is not learned yet", strict=True)
-def test_nearly_all_questions_about_stories_are_answered(shipped, told):
-    right = storyteller.answered(shipped[0], TOKENIZER, told)
-    assert sum(right) / len(right) >= 0.95
-
-
-@pytest.mark.xfail(reason="1,866 s: the shipped run shared the machine", strict=True)
 def test_training_took_at_most_half_an_hour(shipped):
     assert shipped[1]["seconds"] <= 1800
 
@@ -109,7 +101,7 @@ def test_training_took_at_most_half_an_hour(shipped):
 def test_questions_about_stories_are_answered(shipped, told):
     right = storyteller.answered(shipped[0], TOKENIZER, told)
     assert len(right) == sum(len(story.questions) for story in told) > 2000
-    assert sum(right) / len(right) >= 0.8
+    assert sum(right) / len(right) >= 0.95
 
 
 def say(lm, prompt, most=24):

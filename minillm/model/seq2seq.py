@@ -13,56 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
-from minillm.model.block import Block, initialize
+from minillm.model.block import initialize
 from minillm.model.cache import KVCache
-from minillm.model.lm import look_up
 from minillm.model.norm import make_norm
-from minillm.model.position import Position
-
-
-class Stack(nn.Module):
-    """Positions, blocks and the final norm, between token vectors and the output matrix.
-
-    `causal` blocks look back only; `cross` adds attention to a second sequence to each block.
-    """
-
-    def __init__(self, cfg: ModelConfig, causal: bool, cross: bool = False) -> None:
-        super().__init__()
-        self.cfg = cfg
-        layers = cfg.n_layers if causal else cfg.encoder_layers
-        self.position = Position(cfg, bidirectional=not causal)
-        self.embedding_norm = make_norm(cfg) if cfg.embedding_norm else None
-        self.blocks = nn.ModuleList(Block(cfg, causal, cross) for _ in range(layers))
-        # after the last join post-norm has normalized already
-        self.norm = make_norm(cfg) if cfg.placement in ("pre", "sandwich") else None
-
-    def run(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        memory: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Token vectors x [b, t, d], and `memory` [b, s, d] for `cross` -> [b, t, d], normalized.
-
-        `positions` [t] or [b, t] default to 0, 1, 2, ..., going on behind a cache.
-        """
-        offset = 0 if cache is None else cache.length
-        if cache is not None and len(cache.layers) != len(self.blocks):
-            raise ValueError(f"a cache of {len(cache.layers)} layers, {len(self.blocks)} blocks")
-        if positions is None:
-            positions = torch.arange(offset, offset + x.shape[1], device=x.device)
-        x = self.position.add(x, positions)
-        x = x if self.embedding_norm is None else self.embedding_norm(x)
-        x = F.dropout(x, self.cfg.dropout, self.training) if self.cfg.dropout else x
-        keys = positions if cache is None else cache.remember(positions)
-        rotation, bias = self.position.rotation(positions), self.position.bias(positions, keys)
-        layers = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, mask, layer, rotation, bias, memory, memory_mask)
-        return x if self.norm is None else self.norm(x)
+from minillm.model.stack import Stack, look_up, make_head, scaled
 
 
 class MaskedHead(nn.Module):
@@ -96,7 +50,7 @@ class Encoder(Stack):
         self.tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.segments = nn.Embedding(cfg.n_segments, cfg.d_model) if cfg.n_segments else None
         self.mlm = MaskedHead(cfg) if cfg.mlm_head else None
-        self.head = _head(cfg, self.tokens)
+        self.head = make_head(cfg, self.tokens)
         initialize(self, cfg, seed)
 
     def forward(
@@ -116,7 +70,7 @@ class Encoder(Stack):
         """
         x = self.hidden(tokens, positions, mask, segments)
         x = x if self.mlm is None else self.mlm(x)
-        logits = _scaled(self.head(x), self.cfg)
+        logits = scaled(self.head(x), self.cfg)
         return logits if self.mlm is None else logits + self.mlm.bias
 
     def hidden(
@@ -127,10 +81,10 @@ class Encoder(Stack):
         segments: Tensor | None = None,
     ) -> Tensor:
         """What the blocks make of tokens [b, t], before any head: [b, t, d]."""
-        x = _embed(self.tokens, tokens, "tokens")
+        x = look_up(self.tokens, tokens, "tokens")
         if self.segments is not None:
             segments = torch.zeros_like(tokens) if segments is None else segments
-            x = x + _embed(self.segments, segments, "segments")
+            x = x + look_up(self.segments, segments, "segments")
         elif segments is not None:
             raise ValueError("segments were given, but the config has n_segments=0")
         return self.run(x, positions, mask)
@@ -152,7 +106,7 @@ class Seq2Seq(nn.Module):
         self.tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.encoder = Stack(cfg, causal=False)
         self.decoder = Stack(cfg, causal=True, cross=True)
-        self.head = _head(cfg, self.tokens)
+        self.head = make_head(cfg, self.tokens)
         initialize(self, cfg, seed)
 
     def forward(self, source: Tensor, target: Tensor, source_mask: Tensor | None = None) -> Tensor:
@@ -171,7 +125,7 @@ class Seq2Seq(nn.Module):
 
     def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """source [b, s] -> memory [b, s, d]."""
-        return self.encoder.run(_embed(self.tokens, source, "source"), mask=source_mask)
+        return self.encoder.run(look_up(self.tokens, source, "source"), mask=source_mask)
 
     def decode(
         self,
@@ -184,23 +138,6 @@ class Seq2Seq(nn.Module):
 
         With a `cache`, target holds the new tokens only.
         """
-        x = _embed(self.tokens, target, "target")
+        x = look_up(self.tokens, target, "target")
         x = self.decoder.run(x, cache=cache, memory=memory, memory_mask=memory_mask)
-        return _scaled(self.head(x), self.cfg)
-
-
-def _head(cfg: ModelConfig, tokens: nn.Embedding) -> nn.Linear:
-    head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
-    if cfg.tie_embeddings:
-        head.weight = tokens.weight
-    return head
-
-
-def _embed(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
-    if ids.ndim != 2 or ids.shape[1] == 0:
-        raise ValueError(f"{name} must be [batch, at least one], got {tuple(ids.shape)}")
-    return look_up(table, ids, name)
-
-
-def _scaled(logits: Tensor, cfg: ModelConfig) -> Tensor:
-    return logits if cfg.logit_scale == 1 else logits * cfg.logit_scale
+        return scaled(self.head(x), self.cfg)
