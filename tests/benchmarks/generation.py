@@ -5,8 +5,8 @@
 Both keep old keys and values in a cache, in float32, on the threads that PyTorch takes by itself.
 They continue the same prompts of 16 tokens by the same number of tokens, greedily (the answers must
 be equal) and sampled (temperature 0.8, top-k 50). Ours is measured as it is, and prepared (a copy
-laid out for generating, made before the clock starts). They take turns, and each figure is a median, so
-that other work on the machine falls on both. Writes assets/benchmarks/generation.json.
+laid out for generating, made before the clock starts). They take turns, and each figure is a
+median, so that other work on the machine falls on both. Writes assets/benchmarks/generation.json.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SIZES = {
     "1M": {"vocab_size": 2048, "n_embd": 128, "n_layer": 4, "n_head": 4},
     "10M": {"vocab_size": 4096, "n_embd": 320, "n_layer": 8, "n_head": 8},
 }
+HEADINGS = ("prepared", "ours", "theirs", "ratio")
 SAMPLED = {"temperature": 0.8, "top_k": 50}
 
 
@@ -107,7 +108,7 @@ def main(quick: bool = False) -> None:
                 print(
                     f"{name:>6} {batch:>6} {'sampled' if sampled else 'greedy':>8} "
                     f"{rates['prepared']:>9,.0f} {rates['ours']:>9,.0f} {rates['theirs']:>9,.0f} "
-                    f"{row['prepared_over_theirs']:>7.2f}"
+                    f"{row['prepared_over_theirs']:>9.2f}"
                 )
     result = {"prompt": PROMPT, "new": new, "threads": threads, "rows": rows}
     record("generation", result, ("torch", "transformers"), quick)
