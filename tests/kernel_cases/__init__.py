@@ -58,6 +58,8 @@ class Fault:
     caught_by: str
     """the name of a case that fails with it"""
     dtype: torch.dtype = torch.float32
+    file: str = ""
+    """another kernel file that the mistake is in, from which this one imports"""
 
 
 def shapes(*sizes: int) -> tuple[int, ...]:
