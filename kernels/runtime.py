@@ -21,7 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MODE", "autotune", "can_run", "check", "config", "jit", "programs", "tl", "triton"]
+__all__ = [
+    "MODE",
+    "autotune",
+    "can_run",
+    "check",
+    "config",
+    "jit",
+    "programs",
+    "tl",
+    "triton",
+    "widened",
+]
 
 NARROW = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -150,14 +161,15 @@ class _Interpreted:
         def launch(*args: Any, **kwargs: Any) -> None:
             import numpy as np
 
-            with _widened(args, kwargs) as (wide, named), np.errstate(all="ignore"):
+            with widened(args, kwargs) as (wide, named), np.errstate(all="ignore"):
                 self.interpreted[grid](*wide, **named)
 
         return launch
 
 
 @contextlib.contextmanager
-def _widened(args: tuple, kwargs: dict) -> Iterator[tuple[list, dict]]:
+def widened(args: tuple, kwargs: dict) -> Iterator[tuple[list, dict]]:
+    """The arguments with bf16 and fp8 tensors in float32; rounded back into them at the end."""
     storages: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def wide(x: Any) -> Any:

@@ -5,10 +5,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from kernels.linear_cross_entropy import chunked, cost, reference
+from kernels import runtime
+from kernels.linear_cross_entropy import (
+    _add_product,
+    chunked,
+    cost,
+    linear_cross_entropy,
+    reference,
+    rows_of_a_chunk,
+)
 from minillm.ops import op
 
+DEVICE = "cuda" if runtime.MODE == "gpu" else "cpu"
+needs_triton = pytest.mark.skipif(
+    runtime.MODE not in ("gpu", "interpreter"), reason=f"kernels cannot run: {runtime.MODE}"
+)
+FAST = [chunked, pytest.param(linear_cross_entropy, marks=needs_triton)]
 FORMS = [reference, chunked, lambda *a, **k: chunked(*a, chunk=3, **k)]
 
 
@@ -137,7 +151,9 @@ def test_cost_counts_three_products_and_the_logits():
 
 
 def test_the_two_forms_are_registered():
-    assert op("linear_cross_entropy", "auto") is chunked
+    x, weight, targets = torch.randn(5, 4), torch.randn(7, 4), torch.arange(5)
+    found = op("linear_cross_entropy", "auto")(x, weight, targets)
+    assert torch.equal(found, chunked(x, weight, targets))
     assert op("linear_cross_entropy", "reference") is reference
 
 
@@ -169,3 +185,149 @@ def test_faults_of_the_chunked_form_are_named():
     loss = chunked(x, weight, targets, mask)
     with pytest.raises(ValueError, match="no second derivative"):
         torch.autograd.grad(loss, x, create_graph=True)
+
+
+def on_device(*given):
+    return [x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in given]
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_many_small_gradients_add_up_in_float32(form):
+    """In bf16 a sum stops growing where the next term is under half a unit of it."""
+    x, weight, targets, _ = on_device(*inputs(256, 16, 8, torch.bfloat16))
+    with torch.no_grad():
+        x.abs_()  # all terms of one sign, or the sums would stay small
+    _, _, want = by_pytorch(x.cpu(), weight.cpu(), targets.cpu())
+
+    def error(grad):
+        return ((grad.cpu().double() - want).norm() / want.norm()).item()
+
+    _, _, got = run(form, x, weight, targets, chunk=2)
+    _, _, plain = run(reference, x, weight, targets)
+    narrow = torch.zeros_like(weight)
+    for start in range(0, 256, 2):
+        rows = slice(start, start + 2)
+        narrow += run(reference, x[rows], weight, targets[rows])[2]
+    assert error(narrow) > 4 * error(plain)  # what is to be noticed
+    assert error(got) < 1.5 * error(plain)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_kernel_does_what_the_chunks_do(dtype, autocast):
+    x, weight, targets, mask = on_device(*inputs(200, 300, 32, dtype))
+    results = []
+    for form in (linear_cross_entropy, chunked):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            results.append(run(form, x, weight, targets, mask, 0.3, chunk=33))
+    low = autocast or dtype != torch.float32
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        largest = want.abs().max().item()
+        torch.testing.assert_close(got, want, rtol=0, atol=largest * (1e-2 if low else 1e-5))
+
+
+@needs_triton
+def test_the_kernel_where_one_side_needs_no_gradient_or_none_does():
+    x, weight, targets, mask = on_device(*inputs(dtype=torch.float32))
+    loss, grad_x, grad_w = run(linear_cross_entropy, x, weight, targets, mask)
+    alone = linear_cross_entropy(x.detach(), weight, targets, mask)
+    torch.testing.assert_close(torch.autograd.grad(3 * alone, weight)[0], grad_w)
+    alone = linear_cross_entropy(x, weight.detach(), targets, mask)
+    torch.testing.assert_close(torch.autograd.grad(3 * alone, x)[0], grad_x)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, mask), loss)
+    loss, grad_x, grad_w = run(linear_cross_entropy, x, weight, targets, torch.zeros_like(mask))
+    assert loss == 0 and not grad_x.any() and not grad_w.any()
+    loss = linear_cross_entropy(x, weight, targets)
+    with pytest.raises(ValueError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+class Live(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes at one time in matrices with so many columns, beside those in `given`."""
+
+    def __init__(self, columns, *given):
+        super().__init__()
+        self.columns, self.alive, self.most = columns, {}, 0
+        self.given = {x.untyped_storage().data_ptr() for x in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape[-1:] == (self.columns,):
+            storage = out.untyped_storage()
+            if storage.data_ptr() not in self.given:
+                self.alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {k: (ref, n) for k, (ref, n) in self.alive.items() if not ref.expired()}
+        self.most = max(self.most, sum(n for _, n in self.alive.values()))
+        return out
+
+
+@needs_triton
+def test_logits_take_under_a_twentieth_of_the_memory():
+    n, v = 6144, 130
+    x, weight, targets, _ = on_device(*inputs(n, v, 8, torch.float32))
+    most = {}
+    for form in (reference, linear_cross_entropy):
+        with Live(v, weight) as live:
+            form(x, weight, targets).backward()
+        most[form] = live.most
+    assert most[reference] >= 2 * 4 * n * v
+    assert most[linear_cross_entropy] == 4 * rows_of_a_chunk(n) * v
+    assert most[linear_cross_entropy] < 0.05 * most[reference]
+
+
+@pytest.mark.parametrize("tokens", [5120, 8192, 10_000, 65_536, 1_000_000])
+def test_the_default_chunk_is_under_a_twentieth_of_the_rows(tokens):
+    assert 256 <= rows_of_a_chunk(tokens) <= tokens / 20
+
+
+def test_products_are_added_where_they_are():
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 7, generator=rng), torch.randn(7, 3, generator=rng)
+    for low in (torch.float32, torch.bfloat16):
+        total = torch.ones(5, 3)
+        _add_product(total, a.to(low), b.to(low))
+        tolerance = {"rtol": 1e-2, "atol": 1e-2} if low == torch.bfloat16 else {}
+        torch.testing.assert_close(total, 1 + a @ b, **tolerance)
+    # what runs on a GPU is at least an operation that PyTorch knows, of these types and shapes
+    total = torch.ones(5, 3, device="meta")
+    _add_product(total, a.bfloat16().to("meta"), b.bfloat16().to("meta"))
+    assert total.shape == (5, 3) and total.dtype == torch.float32
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(13, 8, dtype=torch.float64)}, "float64 must be one of"),
+        ({"weight": torch.ones(29, 7)}, r"x \(13, 8\), weight \(29, 7\)"),
+        ({"weight": torch.ones(29, 8).half()}, "x is torch.float32, weight torch.float16"),
+        ({"targets": torch.ones(2, dtype=torch.long)}, r"targets \(2,\), no mask"),
+        ({"mask": torch.ones(2)}, r"mask \(2,\)"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"weight": torch.ones(29, 8, device="meta")}, "one device"),
+    ],
+)
+def test_bad_input_of_the_kernel_is_named(change, message):
+    x, weight, targets, _ = inputs(dtype=torch.float32)
+    given = {"x": x, "weight": weight, "targets": targets, "mask": None} | change
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            given[name] = value.to(DEVICE)
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**given)
+
+
+@needs_triton
+@pytest.mark.parametrize("wrong", [29, -1, -100])
+def test_targets_outside_are_an_error_or_nan(wrong):
+    x, weight, targets, mask = on_device(*inputs(dtype=torch.float32))
+    targets[2], mask[2] = wrong, False
+    assert linear_cross_entropy(x, weight, targets, mask).isfinite()
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=f"(from|to) {wrong}"):
+            linear_cross_entropy(x, weight, targets)
+    else:
+        assert linear_cross_entropy(x, weight, targets).isnan()
