@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.cost import Cost
-from kernels.runtime import MODE, widened, check, jit, tl
+from kernels.runtime import MODE, check, jit, tl, widened
 from kernels.spec import Spec
 
 BLOCK = 2048

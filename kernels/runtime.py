@@ -183,8 +183,8 @@ def widened(args: tuple, kwargs: dict) -> Iterator[tuple[list, dict]]:
         return storages[key][1].as_strided(x.shape, x.stride(), x.storage_offset())
 
     yield [wide(x) for x in args], {name: wide(x) for name, x in kwargs.items()}
-    for flat, widened in storages.values():
-        flat.copy_(widened)
+    for flat, wide_flat in storages.values():
+        flat.copy_(wide_flat)
 
 
 def programs(device: torch.device) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from minillm.model.attention import Attention
 from minillm.model.lm import LM
-from minillm.model.position import rotate
 
 
 class FusedAttention(Attention):
@@ -49,7 +48,7 @@ class FusedAttention(Attention):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = (rotate(y, *rotation, self.layout) for y in (q, k))
+            q, k = (self.rotate(y, *rotation, self.layout) for y in (q, k))
         return q, k, v
 
 

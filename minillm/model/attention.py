@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 from minillm.model.cache import LayerCache
-from minillm.model.mask import sliding_window_mask
 from minillm.model.norm import RMSNorm
-from minillm.model.position import rotate
 from minillm.ops import op
 
 
@@ -135,13 +135,14 @@ class Attention(nn.Module):
         super().__init__()
         self.d_head, self.scale = cfg.d_head, cfg.attention_scale
         self.causal, self.window, self.layout = causal, cfg.window, cfg.rope_layout
-        self.attend, self.look = (op(n, cfg.impl) for n in ("attention", "attention_weights"))
+        names = ("attention", "attention_weights", "rope")
+        self.attend, self.look, self.rotate = (op(name, cfg.impl) for name in names)
         self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
         self.k = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=cfg.bias)
         self.v = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.d_head, bias=cfg.bias)
         self.out = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=cfg.bias)
-        self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else None
+        self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.impl) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.impl) if cfg.qk_norm else None
 
     def project(
         self,
@@ -162,7 +163,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = (rotate(y, *rotation, self.layout) for y in (q, k))
+            q, k = (self.rotate(y, *rotation, self.layout) for y in (q, k))
         return q, k, v
 
     def forward(
@@ -186,19 +187,13 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         if mask is not None or memory is not None:
             check_shapes(q, k, v, mask)
-        mask, causal = self._mask(mask, q.shape[2], k.shape[2], q.device)
-        y = self.attend(q, k, v, mask=mask, scale=self.scale, bias=bias, causal=causal)
+        y = self.attend(q, k, v, mask=mask, scale=self.scale, bias=bias, **self._sight(mask))
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _mask(
-        self, mask: Tensor | None, t: int, s: int, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
-        """The mask to use, and whether it is the causal one, which needs no matrix."""
-        if mask is not None or not self.causal:
-            return mask, False
-        if self.window is not None and self.window < s:
-            return sliding_window_mask(t, self.window, s - t, device), False
-        return None, True
+    def _sight(self, mask: Tensor | None) -> dict[str, Any]:
+        """What the operation does without a matrix: look back only, and only so far."""
+        causal = self.causal and mask is None
+        return {"causal": causal, "window": self.window if causal else None}
 
     def weights(
         self,
@@ -210,5 +205,4 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attention weights [b, h, t, s] that `forward` would use: to look at, not to train."""
         q, k, _ = self.project(x, rotation, memory)
-        mask, causal = self._mask(mask, q.shape[2], k.shape[2], q.device)
-        return self.look(q, k, mask, self.scale, bias, causal)
+        return self.look(q, k, mask=mask, scale=self.scale, bias=bias, **self._sight(mask))

@@ -5,34 +5,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
+from minillm.ops import op
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "swish": F.silu,
-    "glu": torch.sigmoid,
-    "bilinear": _identity,
-    "reglu": F.relu,
-    "geglu": F.gelu,
-    "geglu_tanh": _gelu_tanh,
-    "swiglu": F.silu,
 }
+GATES = {
+    "glu": "sigmoid",
+    "reglu": "relu",
+    "geglu": "gelu",
+    "geglu_tanh": "gelu_tanh",
+    "swiglu": "silu",
+}
+"""what the gate of each gated unit goes through; of a bilinear one through nothing"""
 
 
 class MLP(nn.Module):
@@ -43,7 +37,8 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[cfg.mlp]
+        self.act, self.activation = ACTIVATIONS.get(cfg.mlp), GATES.get(cfg.mlp)
+        self.glu = op("glu", cfg.impl)
         self.up = nn.Linear(cfg.d_model, cfg.mlp_width, bias=cfg.bias)
         self.gate = nn.Linear(cfg.d_model, cfg.mlp_width, bias=cfg.bias) if cfg.gated else None
         self.down = nn.Linear(cfg.mlp_width, cfg.d_model, bias=cfg.bias)
@@ -52,4 +47,5 @@ class MLP(nn.Module):
         """[..., d] -> [..., d]."""
         if self.gate is None:
             return self.down(self.act(self.up(x)))
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        gate, up = self.gate(x), self.up(x)
+        return self.down(self.glu(gate, up, self.activation) if self.activation else gate * up)

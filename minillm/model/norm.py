@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
+from minillm.ops import op
 
 
 class LayerNorm(nn.LayerNorm):
@@ -16,8 +16,15 @@ class LayerNorm(nn.LayerNorm):
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True) -> None:
+    def __init__(
+        self, width: int, eps: float = 1e-5, bias: bool = True, impl: str = "auto"
+    ) -> None:
         super().__init__(width, eps=eps, bias=bias)
+        self.normalize = op("layer_norm", impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        return self.normalize(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -26,22 +33,22 @@ class RMSNorm(nn.Module):
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, impl: str = "auto") -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.normalize = eps, op("rms_norm", impl)
         self.weight = nn.Parameter(Tensor(width).fill_(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.normalize(x, self.weight, self.eps)
 
 
 def make_norm(cfg: ModelConfig, width: int | None = None) -> LayerNorm | RMSNorm:
     """The norm that `cfg` names, over `width` numbers (`None`: d_model)."""
     width = cfg.d_model if width is None else width
     if cfg.norm == "rms":
-        return RMSNorm(width, cfg.norm_eps)
-    return LayerNorm(width, cfg.norm_eps, cfg.bias)
+        return RMSNorm(width, cfg.norm_eps, cfg.impl)
+    return LayerNorm(width, cfg.norm_eps, cfg.bias, cfg.impl)
 
 
 def deepnorm_constants(cfg: ModelConfig, stack: str | None = None) -> tuple[float, float]:

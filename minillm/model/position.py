@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
+from minillm.ops import op
 
 
 def sinusoidal(positions: Tensor, d: int, base: float = 10_000.0) -> Tensor:
@@ -65,7 +66,7 @@ def rotation(
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half", impl: str = "auto") -> Tensor:
     """Turn each pair of numbers in x [b, h, t, d] by its angle, given by cos and sin [.., t, d/2].
 
     `layout` says which numbers make a pair: "half" i and i + d/2 (the Llama and Qwen weights as
@@ -77,14 +78,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
         raise ValueError(
             f"{cos.shape[-1]} angles turn {2 * cos.shape[-1]} numbers, not {x.shape[-1]}"
         )
-    if layout == "half":
-        first, second = x.chunk(2, -1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    else:
-        first, second = x[..., 0::2], x[..., 1::2]
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1)
-        turned = rearrange(turned, "... d two -> ... (d two)")
-    return turned.to(x.dtype)
+    return op("rope", impl)(x, cos, sin, layout)
 
 
 def convert_layout(weight: Tensor, d_head: int, to: str) -> Tensor:
