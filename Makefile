@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast lectures assignments grade claims bench lint format lock clean clean-env
+.PHONY: help lab test test-fast lectures assignments grade claims kernels bench lint format lock clean clean-env
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ grade: $(READY)  ## autograde SUBMISSIONS=folder, write build/grades.csv and fee
 
 claims: $(READY)  ## print the ledger of executed claims
 	@$(PY) -m minillm.teach.claims
+
+kernels: $(READY)  ## compile every kernel for four GPUs (none is needed), print registers, spills, shared memory
+	@TRITON_INTERPRET=0 $(PY) -m kernels.compile
 
 bench: $(READY_TESTS)  ## measure speed and memory, write assets/benchmarks/ (about 5 minutes, quiet machine)
 	@set -e; for script in tests/benchmarks/[!_]*.py; do echo "== $$script"; $(PY) $$script; done
