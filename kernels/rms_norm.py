@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.cost import Cost
 from kernels.runtime import check, jit, programs, tl, triton
@@ -78,11 +79,12 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         d, n, dx = x.shape[-1], len(rstd), torch.empty_like(x)
         rows = max(1, triton.cdiv(n, programs(x.device)))
-        shares = torch.zeros(triton.cdiv(n, rows), d, device=x.device)
+        shares = torch.zeros(triton.cdiv(n, rows), d, device=x.device, dtype=torch.float32)
         block = triton.next_power_of_2(d)
         _backward[(len(shares),)](
             *(x, weight, rstd, dy.contiguous(), dx, shares, n, d, rows),

@@ -1,4 +1,4 @@
-"""Rotary positions, in both layouts, against their definition and the model's own rotation."""
+"""Rotary positions, in both layouts, against their definition and products of complex numbers."""
 
 import torch
 
@@ -18,10 +18,11 @@ def _heads(b, h, t, d, layout="half", scale=1.0, rows=None, angles=torch.float64
     return inputs
 
 
-def _model(**given):
-    from minillm.model.position import rotate
-
-    return rotate(**given)
+def _complex(x, cos, sin, layout):
+    """Pairs as complex numbers, a turn as a product."""
+    pairs = x.unflatten(-1, (2, -1)).mT if layout == "half" else x.unflatten(-1, (-1, 2))
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * (cos + 1j * sin))
+    return (turned.mT if layout == "half" else turned).flatten(-2)
 
 
 def _transposed(x):
@@ -46,9 +47,17 @@ CASES = [
     *(_case(f"width {d}, {n}", _heads(2, 3, 5, d, n)) for d in (2, 6, 80) for n in BOTH),
     *(_case(f"{h} heads, {n}", _heads(2, h, 3, 8, n), **TWO) for h in (1, 8, 9) for n in BOTH),
     *(_case(f"blocks of tokens, {n}", _heads(1, 8, 259, 128, n), **F32) for n in BOTH),
-    *(_case(f"as the model's, {n}", _heads(2, 3, 5, 24, n), reference=_model, **TWO) for n in BOTH),
+    *(
+        _case(f"as complex numbers, {n}", _heads(2, 3, 5, 24, n), reference=_complex, **TWO)
+        for n in BOTH
+    ),
     *(_case(f"positions of each, {n}", _heads(3, 2, 5, 6, n, rows=3), **TWO) for n in BOTH),
-    _case("positions of each, as the model's", _heads(3, 2, 5, 6, rows=3), reference=_model, **TWO),
+    _case(
+        "positions of each, as complex numbers",
+        _heads(3, 2, 5, 6, rows=3),
+        reference=_complex,
+        **TWO,
+    ),
     _case("positions of one for all", _heads(3, 2, 5, 6, rows=1), **TWO),
     *(
         _case(f"fp32 angles, {n}", _heads(2, 3, 5, 80, n, angles=torch.float32), **TWO)
