@@ -190,8 +190,8 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Losses [n] and what backward needs of each row [2, n]; in place, logits become gradients."""
     n, v = logits.shape
-    losses = torch.empty(n, device=logits.device)
-    stats = torch.empty(2, n, device=logits.device)
+    fp32 = {"device": logits.device, "dtype": torch.float32}
+    losses, stats = torch.empty(n, **fp32), torch.empty(2, n, **fp32)
     size = tile(n, v, logits.device, BLOCK)
     _forward[(triton.cdiv(n, size["ROWS"]),)](
         *(logits, targets, losses, stats, n, v, logits.stride(0), ignore_index, smoothing, z_loss),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.cost import Cost
 from kernels.runtime import check, jit, programs, tl, triton
@@ -105,18 +106,20 @@ class _LayerNorm(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         b = weight if bias is None else bias.contiguous()  # without a bias: a pointer not read
         y, n = torch.empty_like(x), x.numel() // d
-        stats = torch.empty(n, 3, device=x.device)
+        stats = torch.empty(n, 3, device=x.device, dtype=torch.float32)
         _forward[(n,)](x, weight, b, y, stats, d, eps, **_settings(d, bias is not None))
         ctx.save_for_backward(x, weight, stats)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight, stats = ctx.saved_tensors
         d, n, dx, bias = x.shape[-1], len(stats), torch.empty_like(x), ctx.bias_dtype is not None
         rows = max(1, triton.cdiv(n, programs(x.device)))
-        shares = torch.zeros(triton.cdiv(n, rows), 2, d, device=x.device)
+        parts = triton.cdiv(n, rows)
+        shares = torch.zeros(parts, 2, d, device=x.device, dtype=torch.float32)
         arguments = x, weight, stats, dy.contiguous(), dx, shares, n, d, rows
         _backward[(len(shares),)](*arguments, **_settings(d, bias))
         dw, db = shares.sum(0)
