@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.cost import Cost
 from kernels.matmul import place, worth_trying
@@ -150,6 +151,7 @@ class _GroupedMatmul(torch.autograd.Function):
         return _multiply(x, weights, sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, weights, sizes), dy = ctx.saved_tensors, dy.contiguous()
         for_x, for_weights, _ = ctx.needs_input_grad

@@ -1,8 +1,7 @@
-"""Matrix multiplication in tiles: an order that reuses the cache, an epilogue, split k, fp8.
+"""Matrix multiplication in tiles: an order that reuses the cache, an epilogue, split k, fp8."""
 
-A program makes one tile of the result, BLOCK_M × BLOCK_N, and keeps it in registers while it walks
-along k: m rows of the result, n columns, k products in a sum, z what enters the activation.
-"""
+# A program keeps a tile of the result in registers and walks along k, the products of a sum;
+# m rows of the result, n columns, z what enters the activation
 
 from __future__ import annotations
 
@@ -10,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.cost import Cost
 from kernels.runtime import MODE, autotune, check, config, jit, tl, triton
 from kernels.spec import TARGETS, Spec
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPTIONS = {"activation": (None, "relu", "gelu_tanh", "silu")}
-OPTIONS |= {"precision": ("ieee", "tf32", "tf32x3")}
-OPTIONS |= {"out_dtype": (torch.float32, torch.float16, torch.bfloat16)}
+OPTIONS |= {"precision": ("ieee", "tf32", "tf32x3"), "out_dtype": DTYPES}
 
 
 def reference(
@@ -33,10 +33,10 @@ def reference(
 
 
 def _finish(z: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    z = z if bias is None else z + bias.to(z.dtype)
+    z, functions = z if bias is None else z + bias.to(z.dtype), torch.nn.functional
     if activation == "gelu_tanh":
-        return torch.nn.functional.gelu(z, approximate="tanh")
-    return z if activation is None else getattr(torch.nn.functional, activation)(z)
+        return functions.gelu(z, approximate="tanh")
+    return z if activation is None else getattr(functions, activation)(z)
 
 
 @jit
@@ -155,6 +155,7 @@ def _run(
         return out, z
     if MODE == "gpu":  # `_boxes` makes its descriptors in memory that it asks for
         triton.set_allocator(lambda size, *_: torch.empty(size, dtype=torch.int8, device=a.device))
+    bias = bias if bias is None else bias.contiguous()
     parts = out if split == 1 else torch.empty(split, m, n, device=a.device, dtype=torch.float32)
     epilogue = (bias, z, activation) if split == 1 else (None, None, None)
     share = triton.cdiv(triton.cdiv(k, split), 128) * 128  # no block of k belongs to two parts
@@ -172,14 +173,16 @@ def _run(
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-        split, ctx.activation, ctx.precision, out_dtype, train = how
-        # ReLU's slope shows in its result; for the slopes of the others z is needed.
+        split, ctx.activation, ctx.precision, out_dtype, train = (
+            how  # ReLU's result shows its slope
+        )
         keep = train and ctx.activation in ("gelu_tanh", "silu") and any(ctx.needs_input_grad)
         out, z = _run(a, b, out_dtype, ctx.precision, bias, ctx.activation, split, keep)
         ctx.save_for_backward(a, b, bias, out if ctx.activation == "relu" else z)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         a, b, bias, z = ctx.saved_tensors
         if ctx.activation == "relu":
@@ -219,13 +222,11 @@ def matmul(
     if narrow and train and (a.requires_grad or b.requires_grad):
         raise ValueError("fp8 inputs have no gradient here: multiply detached tensors")
     chosen = {"activation": activation, "precision": precision, "out_dtype": out_dtype or a.dtype}
-    for name in chosen:
-        if chosen[name] not in OPTIONS[name]:
-            raise ValueError(f"{name}={chosen[name]!r} must be one of {OPTIONS[name]}")
+    for name in [name for name in chosen if chosen[name] not in OPTIONS[name]]:
+        raise ValueError(f"{name}={chosen[name]!r} must be one of {OPTIONS[name]}")
     if not isinstance(split_k, int) or split_k < 1:
         raise ValueError(f"split_k={split_k!r} must be a whole number of parts, 1 or more")
     flat = a.reshape(a.shape[:-1].numel(), a.shape[-1])
-    bias = bias if bias is None else bias.contiguous()
     out = _Matmul.apply(flat, b, bias, split_k, *chosen.values(), train)
     return out.view(*a.shape[:-1], b.shape[1])
 
@@ -240,10 +241,10 @@ def order(programs_m: int, programs_n: int, group: int) -> list[tuple[int, int]]
     >>> order(3, 2, group=2)  # two rows, column by column; then the row that is left
     [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
     """
-    if min(programs_m, programs_n, group) < 1:
+    if min(sizes := (programs_m, programs_n, group)) < 1:
         raise ValueError(f"{programs_m} × {programs_n} programs, group={group}: 1 at least of each")
-    formula = getattr(place, "fn", place)  # the Python function behind the compiled one
-    return [formula(p, programs_m, programs_n, group) for p in range(programs_m * programs_n)]
+    # by the Python function behind the compiled one
+    return [getattr(place, "fn", place)(p, *sizes) for p in range(programs_m * programs_n)]
 
 
 def strips(places: list[tuple[int, int]], together: int) -> list[int]:

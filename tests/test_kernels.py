@@ -88,6 +88,28 @@ def test_a_planted_fault_is_caught(name, fault, tmp_path, monkeypatch):
     pytest.fail(f"{fault.what}: case {case.name!r} did not notice")
 
 
+@needs_triton
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_right_or_refused_never_dropped(name):
+    cases = [c for c in cases_of(name).CASES if c.gradients and torch.float32 in c.dtypes]
+    if not cases:
+        pytest.skip("nothing differentiates it")
+    case, module = cases[0], importlib.import_module(f"kernels.{name}")
+    given = {
+        key: x.to(DEVICE, torch.float32) if getattr(x, "dtype", None) == torch.float64 else x
+        for key, x in case.inputs(torch.Generator().manual_seed(0)).items()
+    }
+    leaves = [given[key].requires_grad_() for key in case.gradients]
+    (out, *_) = as_tuple(getattr(module, case.function)(**given))
+    way = torch.ones_like(out, requires_grad=True)
+    try:
+        grads = torch.autograd.grad(out, leaves, way, create_graph=True)
+    except ValueError as error:
+        assert "second derivative" in str(error)
+    else:
+        assert all(grad.requires_grad for grad in grads), "what came from above is forgotten"
+
+
 def load_as(name, folder, text, monkeypatch):
     """A module from this text, which until the end of the test is what `import name` finds."""
     path = folder / f"faulty_{name.split('.')[-1]}.py"
