@@ -232,7 +232,7 @@ def matmul(
 
 
 def order(programs_m: int, programs_n: int, group: int) -> list[tuple[int, int]]:
-    """The tiles (i, j) in the order of the programs that make them, as in the kernel.
+    """The tiles (i, j) in the order of the programs that make them: the kernel's own `place`.
 
     Programs start in order; those that run together should read the same strips of a and b, which
     the cache then holds. Row by row, `programs_n` of them share one strip of a and read all of b.
@@ -243,7 +243,6 @@ def order(programs_m: int, programs_n: int, group: int) -> list[tuple[int, int]]
     """
     if min(sizes := (programs_m, programs_n, group)) < 1:
         raise ValueError(f"{programs_m} × {programs_n} programs, group={group}: 1 at least of each")
-    # by the Python function behind the compiled one
     return [getattr(place, "fn", place)(p, *sizes) for p in range(programs_m * programs_n)]
 
 
