@@ -1,5 +1,6 @@
 """Settings that every test and every kernel started by a test shares."""
 
+import importlib
 import os
 import sys
 
@@ -18,6 +19,7 @@ SETTINGS = {
 def pytest_configure(config):
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    importlib.import_module("kernels.runtime")  # before anything else imports Triton
 
 
 @pytest.fixture(autouse=True)
