@@ -41,7 +41,10 @@ def every_case():
     for name in NAMES:
         for case in cases_of(name).CASES:
             for dtype in case.dtypes:
-                yield pytest.param(name, case, dtype, id=f"{name}-{case.name}-{short(dtype)}")
+                # one dtype is a quick look; all of them, and the planted faults, take minutes
+                marks = [] if dtype == case.dtypes[0] else [pytest.mark.slow]
+                how = f"{name}-{case.name}-{short(dtype)}"
+                yield pytest.param(name, case, dtype, id=how, marks=marks)
 
 
 def every_fault():
@@ -68,6 +71,7 @@ def test_a_kernel_equals_its_reference(name, case, dtype):
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fault"), list(every_fault()))
 def test_a_planted_fault_is_caught(name, fault, tmp_path, monkeypatch):
     """The reference stays whole: only the faulty file's kernel is judged by it."""
