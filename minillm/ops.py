@@ -117,7 +117,7 @@ def _no_matrix(
     bias: Tensor | None = None,
     **others: object,
 ) -> bool:
-    return mask is None and bias is None and q.shape[-1] <= 256
+    return mask is None and bias is None and q.shape[-1] == v.shape[-1] <= 256
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
