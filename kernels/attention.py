@@ -27,12 +27,11 @@ def _spread(x: Tensor, n_heads: int) -> Tensor:
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
-def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+def _allowed(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None
+) -> Tensor | None:
     """The mask, or the causal one in which the last query stands at the last key."""
-    if not causal:
-        return mask
-    t, s = q.shape[2], k.shape[2]
-    return torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    return shared.mask(q.shape[2], k.shape[2], True, window or 0, q.device) if causal else mask
 
 
 def _scores(
@@ -60,12 +59,13 @@ def weights(
     scale: float | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """Attention weights softmax(q kᵀ · scale + bias), [b, h, t, s], float32 at least.
 
     Rows sum to one, except rows whose mask allows no key: those are zero, as in PyTorch.
     """
-    mask = _allowed(q, k, mask, causal)
+    mask = _allowed(q, k, mask, causal, window)
     return _softmax(_scores(q, k, mask, scale, bias), mask)
 
 
@@ -78,18 +78,19 @@ def reference(
     bias: Tensor | None = None,
     causal: bool = False,
     return_lse: bool = False,
+    window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention output softmax(q kᵀ · scale + bias) v, [b, h, t, d].
 
     q [b, h, t, d], k and v [b, g, s, d]; `mask` is boolean, True = may attend, and broadcasts to
-    [b, h, t, s], or `causal` is the mask in which the last query stands at the last key; `scale`
-    defaults to 1/√d; `bias` broadcasts to [b, h, t, s]. With `return_lse` also the log of each
-    row's softmax denominator, log Σ exp(score), [b, h, t]: with it the results over two sets of
-    keys can be merged into the result over both.
+    [b, h, t, s], or `causal` is the mask in which the last query stands at the last key, and with a
+    `window` sees that many; `scale` defaults to 1/√d; `bias` broadcasts to [b, h, t, s]. With
+    `return_lse` also the log of each row's softmax denominator, log Σ exp(score), [b, h, t]: with
+    it the results over two sets of keys can be merged into the result over both.
 
     Source: Vaswani et al., Attention Is All You Need, 2017.
     """
-    mask = _allowed(q, k, mask, causal)
+    mask = _allowed(q, k, mask, causal, window)
     scores = _scores(q, k, mask, scale, bias)
     p = _softmax(scores, mask)
     out = (p @ _spread(v, q.shape[1]).to(p.dtype)).to(v.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.attention
+import kernels.attention_tiles
 import kernels.layer_norm
 import kernels.linear_cross_entropy
 import kernels.rms_norm
@@ -23,17 +24,6 @@ __all__ = ["IMPLEMENTATIONS", "attention_cost", "op"]
 IMPLEMENTATIONS = ("reference", "triton", "auto")
 
 
-def _as_mask(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None
-) -> tuple[Tensor | None, bool]:
-    """A window written out as a matrix, for those who know none."""
-    t, s = q.shape[2], k.shape[2]
-    if window is None or window >= s:
-        return mask, causal
-    ones = torch.ones(t, s, dtype=torch.bool, device=q.device)
-    return ones.tril(s - t).triu(s - t - window + 1), False
-
-
 def _sdpa(
     q: Tensor,
     k: Tensor,
@@ -45,13 +35,13 @@ def _sdpa(
     window: int | None = None,
 ) -> Tensor:
     """PyTorch's own fused attention, which picks a kernel for the tensors' device."""
-    mask, causal = _as_mask(q, k, mask, causal, window)
     t, s = q.shape[2], k.shape[2]
-    if causal and (t == 1 or (t == s and bias is None)):
+    narrow = window is not None and window < s
+    if causal and not narrow and (t == 1 or (t == s and bias is None)):
         causal = t > 1  # a single query at the end sees everything
     elif causal:
-        # PyTorch's own causal mask puts the first query at the first key
-        mask, causal = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t), False
+        # PyTorch's own causal mask puts the first query at the first key, and knows no window
+        mask, causal = kernels.attention_tiles.mask(t, s, True, window or 0, q.device), False
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
@@ -59,34 +49,6 @@ def _sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=grouped
     )
-
-
-def _explicit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    return_lse: bool = False,
-) -> Tensor:
-    mask, causal = _as_mask(q, k, mask, causal, window)
-    return kernels.attention.reference(q, k, v, mask, scale, bias, causal, return_lse)
-
-
-def _weights(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-) -> Tensor:
-    mask, causal = _as_mask(q, k, mask, causal, window)
-    return kernels.attention.weights(q, k, mask, scale, bias, causal)
 
 
 def _flash(
@@ -148,10 +110,10 @@ class _Ways(NamedTuple):
 
 
 def _ways() -> dict[str, _Ways]:
-    loss, rope = kernels.linear_cross_entropy, kernels.rope
+    attention, loss, rope = kernels.attention, kernels.linear_cross_entropy, kernels.rope
     return {
-        "attention": _Ways(_explicit, _sdpa, _flash, _no_matrix),
-        "attention_weights": _Ways(_weights, _weights, _weights),
+        "attention": _Ways(attention.reference, _sdpa, _flash, _no_matrix),
+        "attention_weights": _Ways(attention.weights, attention.weights, attention.weights),
         "linear_cross_entropy": _Ways(loss.reference, loss.chunked, loss.linear_cross_entropy),
         # PyTorch's own norms and products keep for backward what accounting counts; that they are
         # what the kernels' references say is tested
