@@ -170,7 +170,15 @@ def sleep():
     time.sleep(60)
 
 
-def test_an_interrupt_ends_all_ranks():
+@pytest.fixture
+def interruptible():
+    """Processes that a shell put into the background ignore interrupts; Python then does, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_all_ranks(interruptible):
     threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
