@@ -14,6 +14,8 @@ from minillm.parallel import launch
 from minillm.parallel.dropout import Places, place_dropout
 from minillm.parallel.group import Link, Tracer, world
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 B, D = 2, 4
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -15,6 +15,8 @@ from minillm.parallel.data import DDP, fill_buckets
 from minillm.parallel.group import Link, Tracer, world
 from minillm.train.optim import AdamW
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 CFG = ModelConfig(29, 16, 2, 2, max_len=12, position="rope", norm="rms", mlp="swiglu")
 
 

@@ -26,6 +26,8 @@ from minillm.parallel.units import Part, Unit
 from minillm.recompute import recompute
 from minillm.train.optim import AdamW, clip_grad_norm, decay_groups
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 CFG = ModelConfig(29, 16, 3, 2, max_len=12, position="rope", norm="rms", mlp="swiglu")
 CONFIGS = {"tied": replace(CFG, tie_embeddings=True), "untied": replace(CFG, tie_embeddings=False)}
 EVEN = replace(CFG, vocab_size=32)  # all first axes are multiples of 4

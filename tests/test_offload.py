@@ -16,6 +16,8 @@ from minillm.parallel.partition import held
 from minillm.train.optim import AdamW, decay_groups
 from minillm.train.precision import MasterWeights
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 CFG = ModelConfig(29, 16, 2, 2, max_len=12, position="rope", norm="rms", mlp="swiglu")
 
 

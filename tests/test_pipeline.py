@@ -31,6 +31,8 @@ from minillm.parallel.schedules import (
     versions,
 )
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 CFG = ModelConfig(vocab_size=13, d_model=8, n_layers=3, n_heads=2, n_kv_heads=1, max_len=8)
 B, T = 2, 5
 

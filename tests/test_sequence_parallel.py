@@ -19,6 +19,8 @@ from minillm.parallel.tensor import PLAN, RowLinear, gather_parameters, parallel
 from minillm.parallel.vocabulary import gather_logits, vocabulary_cross_entropy
 from minillm.recompute import recompute
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 B, T, V = 2, 8, 37
 
 

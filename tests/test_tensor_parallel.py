@@ -27,6 +27,8 @@ from minillm.parallel.tensor import (
 )
 from minillm.parallel.vocabulary import gather_logits, vocabulary_cross_entropy
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 B, T, V = 2, 6, 37
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -22,6 +22,8 @@ from minillm.parallel.zero import ShardedOptimizer
 from minillm.train.optim import AdamW, clip_grad_norm, decay_groups
 from minillm.train.precision import MasterWeights
 
+pytestmark = pytest.mark.slow  # many ranks, many times
+
 CFG = ModelConfig(29, 16, 2, 2, max_len=12, position="rope", norm="rms", mlp="swiglu")
 # tied or not, and 29 · 16 + ... numbers that neither 3 nor 4 divides
 CONFIGS = {"tied": replace(CFG, tie_embeddings=True), "untied": replace(CFG, tie_embeddings=False)}
