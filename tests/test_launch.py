@@ -215,7 +215,7 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path):
 
 
 TORCHRUN = """
-import sys
+import pathlib, sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
 from minillm.parallel import launch
@@ -225,22 +225,25 @@ def f(x):
     dist.all_reduce(t)
     return t.item()
 
-print("RESULT", launch(f, 1, world_size=2))
+results = launch(f, 1, world_size=2)
 try:
     launch(f, 1, world_size=3)
 except ValueError as error:
-    print(error)
+    # a file of its own: on one pipe, what two ranks print can mix
+    pathlib.Path({folder!r}, str(dist.get_rank())).write_text(f"{{results}} {{error}}")
 """
 
 
 @pytest.mark.slow
 def test_the_same_call_runs_under_torchrun(tmp_path):
     path = tmp_path / "script.py"
-    path.write_text(textwrap.dedent(TORCHRUN.format(root=str(ROOT))))
+    path.write_text(TORCHRUN.format(root=str(ROOT), folder=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, path], capture_output=True, text=True, timeout=100)
-    assert done.stdout.count("RESULT [3.0, 3.0]") == 2, done.stderr
-    assert "world_size=3, but torchrun started 2 ranks" in done.stdout
+    done = subprocess.run([*command, path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for rank in ("0", "1"):
+        said = (tmp_path / rank).read_text()
+        assert said == "[3.0, 3.0] world_size=3, but torchrun started 2 ranks"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ second. Functions and classes may be defined in the cell above: they travel with
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import linecache
 import multiprocessing
@@ -119,9 +120,16 @@ def _on_this_rank(
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        atexit.register(_leave)
     results = [None] * world_size
     dist.all_gather_object(results, function(*args, **kwargs))
     return results
+
+
+def _leave() -> None:
+    """Stop the group's threads before the interpreter ends: one still running then aborts it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _Rank:
