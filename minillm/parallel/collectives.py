@@ -42,36 +42,39 @@ def _chunks(x: Tensor, n: int) -> list[Tensor]:
     return [x[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _ring_reduce_scatter(chunks: list[Tensor], group: Group) -> None:
-    """Afterwards chunk `index` of this rank is the sum over ranks; the others are partial sums.
+def _ring_reduce_scatter(chunks: list[Tensor], group: Group) -> Tensor:
+    """The sum over ranks of chunk `index`; nothing of `chunks` changes (alone, it is the chunk).
 
-    N - 1 steps; each sends the chunk that has come furthest to the next rank, which adds its own.
+    N - 1 steps; each sends the sum that has come furthest to the next rank, which adds its own.
     """
     n, i = group.size, group.index
+    total = chunks[(i - 1) % n]
     for step in range(n - 1):
-        out, into = chunks[(i - step - 1) % n], chunks[(i - step - 2) % n]
-        received = torch.empty_like(into)
-        group.exchange(out, (i + 1) % n, received, (i - 1) % n)
-        into.add_(received)
+        own = chunks[(i - step - 2) % n]
+        received = torch.empty_like(own)
+        total = group.exchange(total, (i + 1) % n, received, (i - 1) % n).add_(own)
+    return total
 
 
 def _ring_all_gather(chunks: list[Tensor], group: Group) -> None:
     """Chunk `index` of each rank travels around until all have it: N - 1 steps."""
     n, i = group.size, group.index
     for step in range(n - 1):
-        received = torch.empty_like(chunks[(i - step - 1) % n])
-        group.exchange(chunks[(i - step) % n], (i + 1) % n, received, (i - 1) % n)
-        chunks[(i - step - 1) % n].copy_(received)
+        here, there = chunks[(i - step) % n], chunks[(i - step - 1) % n]
+        group.exchange(here, (i + 1) % n, there, (i - 1) % n)
 
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
     """Sum over ranks in 2(N-1)/N · K numbers sent by each: reduce-scatter, then all-gather."""
-    y = x.detach().clone(memory_format=torch.contiguous_format)
     if _native(group, x):
+        y = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(y, group=group.process_group)
         return y
+    x = x.detach().contiguous()
+    y = torch.empty_like(x)
     chunks = _chunks(y.view(-1), group.size)
-    _ring_reduce_scatter(chunks, group)
+    mine = _ring_reduce_scatter(_chunks(x.view(-1), group.size), group)
+    chunks[group.index].copy_(mine)
     _ring_all_gather(chunks, group)
     return y
 
@@ -80,16 +83,15 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """x [N · k, ...] -> the sum over ranks of rows index · k to (index + 1) · k."""
     if len(x) % group.size:
         raise ValueError(f"{len(x)} rows cannot be scattered evenly over {group.size} ranks")
+    x = x.detach().contiguous()
     if _native(group, x):
         y = x.new_empty(len(x) // group.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(y, x.detach().contiguous(), group=group.process_group)
+        dist.reduce_scatter_tensor(y, x, group=group.process_group)
         return y
-    # nothing of x may change, so partial sums live in a copy
-    chunks = list(x.detach().clone(memory_format=torch.contiguous_format).chunk(group.size))
-    if not chunks[-1].numel():
+    chunks = list(x.chunk(group.size))
+    if group.size == 1 or not x.numel():
         return chunks[0].clone()
-    _ring_reduce_scatter(chunks, group)
-    return chunks[group.index].clone()
+    return _ring_reduce_scatter(chunks, group)
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:

@@ -32,11 +32,10 @@ class Bucket:
         return torch.cat([grad.reshape(-1) for grad in grads])
 
     def put_back(self, total: Tensor, factor: float) -> None:
-        """Each parameter's gradient becomes its part of `total`, times `factor`."""
-        parts = (total * factor).split([p.numel() for p in self.parameters])
+        """Each parameter's gradient becomes its part of `total`, times `factor`: a view of it."""
+        parts = total.mul_(factor).split([p.numel() for p in self.parameters])
         for p, part in zip(self.parameters, parts, strict=True):
-            part = part.view_as(p)
-            p.grad = part.clone() if p.grad is None else p.grad.copy_(part)
+            p.grad = part.view_as(p)
 
 
 def fill_buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:

@@ -42,8 +42,8 @@ class Bucket:
 
     def flatten(self, tensors: list[Tensor]) -> Tensor:
         """One tensor a parameter -> [N · k], with zeros at the end."""
-        row = torch.cat([x.reshape(-1) for x in tensors])
-        return torch.cat([row, row.new_zeros(self.group.size * self.k - len(row))])
+        padding = self.group.size * self.k - sum(x.numel() for x in tensors)
+        return torch.cat([*(x.reshape(-1) for x in tensors), tensors[0].new_zeros(padding)])
 
     def cut(self, row: Tensor) -> list[Tensor]:
         """[N · k] -> one view of it a parameter."""
