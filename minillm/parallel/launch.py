@@ -86,7 +86,7 @@ def launch(
         )
     call = cloudpickle.dumps((function, args, kwargs, _cells()))
     with tempfile.TemporaryDirectory(prefix="ranks") as folder:
-        store = os.path.join(folder, "store")
+        store = f"{folder}/store"
         jobs = [
             worker.Job(rank, world_size, store, call, timeout, device, detail)
             for rank in range(world_size)
@@ -115,11 +115,12 @@ def _on_this_rank(
         raise ValueError(
             f"world_size={world_size}, but torchrun started {os.environ['WORLD_SIZE']} ranks"
         )
-    if device == "cuda":
+    cuda = device == "cuda"
+    if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        limit = datetime.timedelta(seconds=timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
         atexit.register(_leave)
     results = [None] * world_size
     dist.all_gather_object(results, function(*args, **kwargs))
@@ -251,17 +252,13 @@ def _message(
         lines += [f"--- rank {rank} failed ---", errors[rank][1]]
     for rank in guilty[1:]:
         lines += [f"--- rank {rank} failed, too ---", errors[rank][1].splitlines()[-1]]
-    others = [r for r in errors if r not in guilty]
+    others = sorted(r for r in errors if r not in guilty)
     if others:
-        lines.append(f"--- rank {_and(others)} then lost the connection to it ---")
+        lines.append(f"--- rank {', '.join(map(str, others))} then lost the connection to it ---")
     lines += [f"rank {rank} {text}" for rank, text in sorted(waiting.items())]
     if done:
-        lines.append(f"rank {_and(done)} had finished")
+        lines.append(f"rank {', '.join(map(str, done))} had finished")
     return "\n".join(lines), failures
-
-
-def _and(ranks: list[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))
 
 
 def _server() -> Any:
