@@ -265,15 +265,15 @@ def _server() -> Any:
     """A server that forks ranks; started at the first call, it imports PyTorch with one thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minillm.parallel.preload"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # it does not inherit sys.path, and passes by in silence what it cannot import
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
     try:
         forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context
 
 
