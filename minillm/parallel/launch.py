@@ -213,7 +213,7 @@ def _obituary(rank: _Rank) -> str:
     return f"the process ended with exit code {code} before the function returned"
 
 
-def _ask(ranks: list[_Rank], patience: float = 1.0) -> dict[int, str]:
+def _ask(ranks: list[_Rank], patience: float = 3.0) -> dict[int, str]:
     """Where ranks are that do not answer."""
     found = {}
     for rank in ranks:

@@ -108,6 +108,10 @@ def whereabouts(frame: Any) -> str:
     own = [s for s in stack if not _is_inner(s.filename)]
     waits = [s.name for s in stack if "torch/distributed" in s.filename and s.name[0] != "_"]
     ours = [s.name for s in stack if s.filename.endswith("parallel/collectives.py")]
+    # a single message, whose `wait` is called by whoever got it from `send`
+    wires = {"send": "send", "wait": "send", "receive": "receive", "exchange": "exchange"}
+    found = [s.name for s in stack if s.filename.endswith("parallel/group.py")]
+    ours += [wires[name] for name in found if name in wires]
     names = [name for name in (*ours, *waits) if name not in ("wrapper", "inner")]
     doing = f"waits in {names[0]}" if names else "is busy"
     if not own:
