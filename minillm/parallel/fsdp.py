@@ -48,8 +48,9 @@ class FSDP(nn.Module):
     Use it as the module itself, and give `fsdp.parameters()` to an optimizer: they are this rank's
     rows, ceil(rows / N) of each parameter with zeros at the end, in float32 at least, under their
     own names and with as many axes; freeze before. Between backward and step call
-    `finish_gradient_synchronization()`; several backward passes add up. (N-1)/N · K numbers travel
-    three times: to forward, to backward, and the gradients back.
+    `finish_gradient_synchronization()`; several backward passes add up (a unit whose inputs need no
+    gradient, as the outermost, stays whole until that call: so make it after each).
+    (N-1)/N · K numbers travel three times: to forward, to backward, and the gradients back.
 
     `units` are modules, or a pattern for their names, which must not contain one another; what
     is left, and what two of them share, is a unit of its own around all others. Every rank has to

@@ -59,8 +59,8 @@ class Tracer:
 class Link(NamedTuple):
     """An emulated wire between ranks: sending n bytes takes latency + n / bandwidth seconds.
 
-    It sleeps for what the real transport (memory of one machine) was too fast. A rank's wire
-    carries one message after the other.
+    The sender sleeps for what the real transport (memory of one machine) was too fast; who
+    receives may go on before. The wire of a rank and group carries one message after the other.
     """
 
     latency: float
@@ -88,6 +88,7 @@ class Group:
     algorithm: str = "ring"
     _wire: list[ThreadPoolExecutor] = field(default_factory=list, repr=False, compare=False)
     _counted: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    _busy: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.algorithm not in ("ring", "native"):
@@ -110,7 +111,7 @@ class Group:
 
     def with_(self, **changes: Any) -> Group:
         """The same ranks with another tracer, link or algorithm."""
-        return replace(self, _wire=[], _counted=[0], **changes)
+        return replace(self, _wire=[], _counted=[0], _busy=[0.0], **changes)
 
     def neighbor(self, step: int) -> int:
         """The global rank `step` places on, around the ring."""
@@ -122,12 +123,15 @@ class Group:
         """Start to send x to the rank at place `to`; call the result to wait until it is gone."""
         x = x.contiguous()
         self._counted[0] += x.nbytes
-        start = time.monotonic()
         work = dist.isend(x, self.ranks[to], group=self.process_group)
+        gone = 0.0
+        if self.link is not None:
+            gone = max(time.monotonic(), self._busy[0]) + self.link.seconds(x.nbytes)
+            self._busy[0] = gone
 
         def wait() -> None:
             work.wait()
-            self._sleep(start, x.nbytes)
+            time.sleep(max(0.0, gone - time.monotonic()))
 
         return wait
 
@@ -144,10 +148,6 @@ class Group:
         self.receive(into, source)
         wait()
         return into
-
-    def _sleep(self, start: float, n: int) -> None:
-        if self.link is not None:
-            time.sleep(max(0.0, start + self.link.seconds(n) - time.monotonic()))
 
     # -- recording and overlap -----------------------------------------------------------------
 

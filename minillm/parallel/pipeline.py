@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minillm.parallel import actions
 from minillm.parallel.actions import Action, Result, Schedule, Timed
+from minillm.parallel.fsdp import FSDP
 from minillm.parallel.group import Event, Group, span
 from minillm.parallel.halves import input_gradient
 
@@ -29,7 +30,8 @@ class Pipeline:
     Opposite directions may not share one communicator on GPUs: give a second group of the same
     ranks as `back`, which then carries what goes from a higher place to a lower one.
 
-    Raises ValueError for a schedule that fails `actions.check` or does not fit group and stages.
+    Raises ValueError for a schedule that fails `actions.check` or does not fit group and stages,
+    and for one that computes halves of a backward (zb-h1) in stages with FSDP.
     """
 
     def __init__(
@@ -59,6 +61,9 @@ class Pipeline:
         }
         if plain := [s for s in self.late if not isinstance(self.stages[s], nn.Module)]:
             raise ValueError(f"older weights are kept of modules only, stages {plain} are none")
+        parts = [m for s in stages if isinstance(s, nn.Module) for m in s.modules()]
+        if any(a.what == "backward_weight" for a in self.own) and FSDP in map(type, parts):
+            raise ValueError("FSDP frees weights when backward has left them: no halves of it")
         # each message's place in the sender's list, and in the list of who receives it
         self.order = {
             source: [

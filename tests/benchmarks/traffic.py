@@ -72,9 +72,9 @@ def native(name: str, x: Tensor) -> None:
     if name == "all_reduce":
         dist.all_reduce(x.clone())
     elif name == "reduce_scatter":
-        dist.reduce_scatter_single(torch.empty_like(x.chunk(RANKS)[0]), x)
+        C.native_reduce_scatter(torch.empty_like(x.chunk(RANKS)[0]), x)
     else:
-        dist.all_gather_single(x.new_empty(RANKS * len(x)), x)
+        C.native_all_gather(x.new_empty(RANKS * len(x)), x)
 
 
 def measure(mib: float) -> dict[str, dict[str, float]]:
