@@ -1,5 +1,6 @@
 """Sharded checkpoints: any layout to any other, whole or refused, and nothing that runs."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from minillm.parallel.checkpoint import (
     save,
     verify,
 )
+from minillm.parallel.storage import FORMAT
 
 
 @given(st.lists(st.integers(1, 4), max_size=3), st.data())
@@ -132,7 +134,16 @@ def foreign(path):
     (path / "manifest.json").write_text(json.dumps({"files": {}, "tensors": {}}))
 
 
+def leading_out(path):
+    """With a right seal: who made it could read any file of that kind."""
+    file = path / "manifest.json"
+    body = file.read_text().splitlines()[1].replace("rank_0", "../rank_0")
+    seal = {"format": FORMAT, "sha256": hashlib.sha256(body.encode()).hexdigest()}
+    file.write_text(f"{json.dumps(seal)}\n{body}\n")
+
+
 FAULTS = {
+    leading_out: "leads to files that no rank wrote",
     torn: "bytes of",
     changed: "SHA-256 differs",
     edited: "torn or changed",

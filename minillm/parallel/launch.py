@@ -74,8 +74,8 @@ def launch(
     first, then what the others were waiting for. No process outlives the call, also when it is
     interrupted. Raises ValueError for a `world_size` that cannot be.
     """
-    if world_size < 1 or not 0 < timeout < 1e6:
-        raise ValueError(f"world_size={world_size} must be at least 1, timeout={timeout} 0 to 1e6")
+    if world_size < 1 or not 0 < timeout <= 2e6:  # the system counts milliseconds in 32 bits
+        raise ValueError(f"world_size={world_size} must be at least 1, timeout={timeout} 0 to 2e6")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} must be 'cpu' or 'cuda'")
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from torch.futures import Future
 
 FORMAT = "minillm sharded checkpoint 1"
 MANIFEST = "manifest.json"
+_FILE = re.compile(r"rank_\d+\.safetensors")
 
 
 class Piece(NamedTuple):
@@ -239,7 +241,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} does not begin as a {FORMAT!r} does")
     if hashlib.sha256(body.removesuffix("\n").encode()).hexdigest() != seal.get("sha256"):
         raise ValueError(f"{MANIFEST} is torn or changed: its SHA-256 is not the one inside")
-    return json.loads(body)
+    content = json.loads(body)
+    named = {file for saved in content["tensors"].values() for *_, file in saved["chunks"]}
+    if strange := [x for x in {*named, *content["files"]} if not _FILE.fullmatch(x)]:
+        raise ValueError(f"{MANIFEST} leads to files that no rank wrote: {sorted(strange)}")
+    return content
 
 
 class Reader(dcp.StorageReader):
