@@ -1,17 +1,20 @@
 """One recipe under many meshes: the losses of one process, checkpoints, and ranks that die."""
 
+import contextlib
 import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
+import time
+import uuid
 import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -398,24 +401,42 @@ launch(work, Path(sys.argv[1]), world_size=2, timeout=120)
 """
 
 
+def ended(command, folder, **more):
+    """Exit status and output of a command, of which no process is left, whatever happened.
+
+    torchrun gives each rank a session of its own: they are known by a variable that they inherit.
+    """
+    mark = str(uuid.uuid4())
+    more |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | more | {"MINILLM_TEST": mark}
+    process = subprocess.Popen(command, cwd=folder, env=environment, **options)
+    try:
+        output, _ = process.communicate(timeout=270)
+        until = time.monotonic() + 30
+        while (left := marked(mark)) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not left, left
+        return process.returncode, output
+    finally:
+        for p in marked(mark):
+            p.kill()
+
+
+def marked(mark):
+    found = []
+    for p in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if p.environ().get("MINILLM_TEST") == mark and p.status() != psutil.STATUS_ZOMBIE:
+                found.append(p)
+    return found
+
+
 def torchrun(arguments, folder, n):
-    """torchrun in a process group of its own, of which nothing is left."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *arguments]
-    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    more |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see pretrain.slurm
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(
-        command, cwd=folder, env=os.environ | more, start_new_session=True, **options
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    return process.returncode, output
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see pretrain.slurm
+    return ended(command, folder, **store)
 
 
 @pytest.mark.slow
@@ -456,16 +477,11 @@ def test_the_slurm_script(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     known = {"SLURM_JOB_NODELIST": "x[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
-    known |= {"SLURM_JOB_ID": "7", "MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
-    known |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+    known |= {"SLURM_JOB_ID": "7", "MASTER_PORT": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = ROOT / "minillm" / "recipes" / "pretrain.slurm"
     more = ["--quick", "--device=cpu", "--dp=2", "--d-model=16", "--steps=5"]
-    done = subprocess.run(
-        ["bash", script, *more],
-        **{"cwd": tmp_path, "env": os.environ | known, "capture_output": True, "text": True},
-        timeout=240,
-    )
-    assert done.returncode == 0 and done.stdout.count("loss") == 5, done.stdout + done.stderr
+    code, output = ended(["bash", script, *more], tmp_path, **known)
+    assert code == 0 and output.count("loss") == 5, output
     whole_and_alone(tmp_path / "checkpoints" / "7", ["step_00000004"])
 
 
@@ -473,10 +489,7 @@ def test_the_slurm_script(tmp_path):
 def test_the_command_starts_its_own_ranks(tmp_path):
     command = [sys.executable, "-m", "minillm.recipes.pretrain", "--quick", "--tp", "2"]
     command += ["--steps", "2", "--warmup", "1", "--d-model", "16"]
-    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "timeout": 240}
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | more, **options)
-    assert done.returncode == 0 and done.stdout.count("[rank 0] step") == 2, done.stderr
-    options |= {"cwd": tmp_path, "env": os.environ | more}
-    done = subprocess.run([*command[:-6], "--tp", "3"], **options)
-    assert done.returncode and "must be multiples of tp=3" in done.stderr
+    code, output = ended(command, tmp_path)
+    assert code == 0 and output.count("[rank 0] step") == 2, output
+    code, output = ended([*command[:-6], "--tp", "3"], tmp_path)
+    assert code and "must be multiples of tp=3" in output
