@@ -146,6 +146,7 @@ def one_computes():
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_hang_says_who_waits_where():
     with pytest.raises(RankError) as caught:
         launch(one_is_missing, world_size=3, timeout=5)

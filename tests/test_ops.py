@@ -75,6 +75,7 @@ def test_the_comparison_would_see_a_missing_mask(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_storytellers_shape_trains_with_kernels_as_with_references():
     """A few steps of the recipe's loss and optimizer; rows shorter than the recipe's."""
     from minillm.recipes.storyteller import Recipe, Rows
