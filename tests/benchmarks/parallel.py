@@ -2,7 +2,7 @@
 
     python tests/benchmarks/parallel.py [--quick] [--ranks 4]
 
-All sides hold the same model (RoPE, RMSNorm, SwiGLU, untied embeddings, 3.7 M parameters), start
+All sides hold the same model (RoPE, RMSNorm, SwiGLU, untied embeddings, 4.2 M parameters), start
 from the same weights and read the same tokens, on gloo ranks of one thread each. A step is forward,
 backward, synchronization of gradients and PyTorch's own AdamW. The sides take turns, one step each,
 all ranks together; a figure is the median of the time until the last rank is done, and the ratio is
