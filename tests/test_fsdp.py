@@ -19,7 +19,7 @@ from minillm.parallel import launch
 from minillm.parallel.collectives import all_gather, reduce_scatter
 from minillm.parallel.fsdp import FSDP
 from minillm.parallel.group import Link, Tracer, world
-from minillm.parallel.partition import held
+from minillm.parallel.partition import held, storage_bytes
 from minillm.parallel.units import Part, Unit
 from minillm.recompute import recompute
 from minillm.train.optim import AdamW, clip_grad_norm, decay_groups
@@ -181,11 +181,6 @@ def test_planted_faults_are_seen():
 
 
 # -- memory and traffic --------------------------------------------------------------------------
-
-
-def storage_bytes(tensors):
-    found = (x.untyped_storage() for x in tensors)
-    return sum({s.data_ptr(): s.nbytes() for s in found}.values())
 
 
 def most_at_once(link):

@@ -97,6 +97,13 @@ def parameter_groups(
     return list(groups.values())
 
 
+def both_ends(mesh: Mesh) -> Group:
+    """The first and the last rank of this pipeline, which share tied weights; others are alone."""
+    across = partition(mesh.axes, "pipeline")
+    inner = [[rank] for ranks in across for rank in ranks[1:-1]]
+    return split([[ranks[0], ranks[-1]] for ranks in across] + inner, **mesh.common)
+
+
 def local(x: Tensor) -> Tensor:
     """This rank's part of a DTensor, the same memory; any other tensor as it is."""
     return x.to_local() if hasattr(x, "to_local") else x
@@ -139,9 +146,7 @@ class Own:
         self.pipeline, self.ends = None, None
         if r.pp > 1:
             across = partition(mesh.axes, "pipeline")
-            ends = [[ranks[0], ranks[-1]] for ranks in across]
-            ends += [[rank] for ranks in across for rank in ranks[1:-1]]
-            self.ends = split(ends, **mesh.common)
+            self.ends = both_ends(mesh)
             back = split(across, **mesh.common, **mesh.settings.get("pipeline", {}))
             p, rows = next(iter(self.named.values())), r.batch // r.dp // r.micro_batches
             like = p.new_empty(rows, r.max_len, r.d_model)

@@ -30,9 +30,15 @@ from torch.distributed.tensor.parallel import (
 from minillm.model import LM
 from minillm.parallel.checkpoint import Piece
 from minillm.parallel.collectives import all_reduce
-from minillm.parallel.group import split
-from minillm.parallel.mesh import Mesh, partition
-from minillm.recipes.pretrain_own import Rows, Stage, initialized_state, local, parameter_groups
+from minillm.parallel.mesh import Mesh
+from minillm.recipes.pretrain_own import (
+    Rows,
+    Stage,
+    both_ends,
+    initialized_state,
+    local,
+    parameter_groups,
+)
 
 KINDS = {
     "gpipe": ScheduleGPipe,
@@ -104,10 +110,7 @@ class Torch:
         ]
         kind, stages = KINDS[r.schedule], made if r.schedule == "interleaved" else made[0]
         self.schedule = kind(stages, r.micro_batches, loss_fn=self._loss, scale_grads=False)
-        across = partition(mesh.axes, "pipeline")
-        ends = [[ranks[0], ranks[-1]] for ranks in across]
-        ends += [[rank] for ranks in across for rank in ranks[1:-1]]
-        self.ends = split(ends, **mesh.common)
+        self.ends = both_ends(mesh)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits, targets = logits.flatten(0, 1), targets.flatten()
