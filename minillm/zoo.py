@@ -21,8 +21,10 @@ def names(folder: Path = MODELS) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.safetensors"))
 
 
-def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE]:
+def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE | None]:
     """A trained model, in float32 and evaluation mode, and the tokenizer it was trained with.
+
+    A model that reads no text (linear regressions, say) has None in its place.
 
     Weights and tokenizer must have the SHA-256 that were written down when the model was saved.
 
@@ -34,4 +36,6 @@ def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE]:
     """
     if name not in names(folder):
         raise ValueError(f"there is no model {name!r}; choose one of {names(folder)}")
+    if files.read_card(folder, name)["tokenizer_sha256"] is None:
+        return files.load(folder, name, None), None
     return files.load(folder, name, COURSE_TOKENIZER), load_course_tokenizer()

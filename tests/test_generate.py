@@ -327,3 +327,39 @@ def test_a_prepared_model_is_a_copy_with_weights_laid_the_other_way():
         assert torch.equal(p, before[name]) and p.is_contiguous()
     with pytest.raises(ValueError, match="two sequences"):
         ready.blocks[0].attn(torch.zeros(1, 2, 24).double(), memory=torch.zeros(1, 3, 24).double())
+
+
+class Doubled(torch.nn.Module):
+    """A layer in the place of another, as adapters are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.weight, self.bias = inner.weight, inner.bias
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["projection", "hook", "attention", "method"])
+def test_a_prepared_model_keeps_what_was_put_around_its_attention(how):
+    lm, x = model(), rows(3, 5)
+    before, attn = lm(x), lm.blocks[1].attn
+    if how == "projection":
+        attn.v = Doubled(attn.v)
+    elif how == "hook":
+        attn.register_forward_hook(lambda module, args, out: 2 * out)
+    elif how == "method":
+        plain = attn.forward
+        attn.forward = lambda *args, **kwargs: 2 * plain(*args, **kwargs)
+    else:
+
+        class Louder(type(attn)):
+            def forward(self, *args, **kwargs):
+                return 2 * super().forward(*args, **kwargs)
+
+        attn.__class__ = Louder
+    wrapped = lm(x)
+    assert not torch.allclose(before, wrapped, rtol=1e-3)
+    torch.testing.assert_close(prepare(lm)(x), wrapped, rtol=1e-9, atol=1e-9)

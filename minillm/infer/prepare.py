@@ -52,17 +52,28 @@ class FusedAttention(Attention):
         return q, k, v
 
 
+def _is_plain(attn: nn.Module) -> bool:
+    """Whether nothing was put in the place of, or hooked to, an attention and its projections."""
+    if type(attn) is not Attention or {"forward", "project"} & set(vars(attn)):
+        return False
+    parts = (attn.q, attn.k, attn.v)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (attn, *parts))
+    return not hooked and all(type(part) is nn.Linear for part in parts)
+
+
 def prepare(model: LM) -> LM:
     """A copy of a decoder for `generate`: the same function, faster for few tokens at a time.
 
     Queries, keys and values come from one product, and weights lie in memory as [in, out], which a
     CPU multiplies faster by a few rows (their shapes do not change). It takes the model's memory
-    once more, does not follow it when it is trained on, and has no gradients.
+    once more, does not follow it when it is trained on, and has no gradients. Attention that was
+    wrapped from outside (by adapters, say) is left as it is.
     """
     ready = copy.deepcopy(model).eval()
     for block in ready.blocks:
-        block.attn = FusedAttention(block.attn)
+        if _is_plain(block.attn):
+            block.attn = FusedAttention(block.attn)
     for module in ready.modules():
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
     return ready.requires_grad_(False)

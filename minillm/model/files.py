@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -73,10 +74,11 @@ def make(cfg: ModelConfig, seed: int | None = None) -> Model:
     return {"decoder": LM, "encoder": Encoder, "encoder-decoder": Seq2Seq}[cfg.kind](cfg, seed)
 
 
-def save(model: Model, folder: Path, name: str, tokenizer: Path) -> None:
+def save(model: Model, folder: Path, name: str, tokenizer: Path | None) -> None:
     """Write `name`.safetensors in float16 and `name`.json, which has the config and both SHA-256.
 
-    `tokenizer` is the file of the tokenizer that the model was trained with.
+    `tokenizer` is the file of the tokenizer that the model was trained with; None for a model that
+    reads no text.
     """
     state = {
         key: x.detach().to("cpu", torch.float16).contiguous()
@@ -88,24 +90,32 @@ def save(model: Model, folder: Path, name: str, tokenizer: Path) -> None:
         "config": dataclasses.asdict(model.cfg),
         "parameters": sum(x.numel() for x in state.values()),
         "sha256": hashlib.sha256(weights).hexdigest(),
-        "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "tokenizer_sha256": tokenizer and hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{name}.safetensors", weights)
     write_atomically(folder / f"{name}.json", (json.dumps(card, indent=2) + "\n").encode())
 
 
-def load(folder: Path, name: str, tokenizer: Path) -> Model:
-    """The model that `save` wrote, in float32 and evaluation mode.
+def load(folder: Path, name: str, tokenizer: Path | None) -> Model:
+    """The model that `save` wrote, in float32 and evaluation mode; `tokenizer` as given to it.
 
     Raises ValueError when the weights or the tokenizer's file were changed since.
     """
-    card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    card = read_card(folder, name)
     weights = (folder / f"{name}.safetensors").read_bytes()
     _check(f"{name}.safetensors", weights, card["sha256"])
-    _check(tokenizer.name, tokenizer.read_bytes(), card["tokenizer_sha256"])
+    if (tokenizer is None) != (card["tokenizer_sha256"] is None):
+        raise ValueError(f"{name} was saved with{'out' * (tokenizer is not None)} a tokenizer")
+    if tokenizer is not None:
+        _check(tokenizer.name, tokenizer.read_bytes(), card["tokenizer_sha256"])
     state = {key: x.float() for key, x in safetensors.torch.load(weights).items()}
     return build(ModelConfig(**card["config"]), state)
+
+
+def read_card(folder: Path, name: str) -> dict[str, Any]:
+    """What `save` wrote beside the weights: config, parameters, SHA-256."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _check(file: str, data: bytes, expected: str) -> None:
