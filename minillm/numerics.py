@@ -10,11 +10,14 @@ rounds, nor whether it flushes subnormal numbers to zero (`torch.set_flush_denor
 
 Sources: IEEE Standard for Floating-Point Arithmetic (754), 2019; Kalamkar et al., A Study of
 BFLOAT16 for Deep Learning Training, 2019; Micikevicius et al., FP8 Formats for Deep Learning, 2022.
+
+NF4, at the end, is no floating-point format but a table of sixteen numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -213,3 +216,51 @@ def bits(x: Tensor | float, fmt: str | Format) -> str:
     fmt = _format(fmt)
     text = format(encode(x, fmt).item(), f"0{fmt.width}b")
     return f"{text[0]} {text[1 : 1 + fmt.exponent_bits]} {text[1 + fmt.exponent_bits :]}"
+
+
+def _nf4() -> tuple[float, ...]:
+    """Seven quantiles of the normal distribution below 0, eight above; 0 itself is exact."""
+    edge = (1 / 32 + 1 / 30) / 2  # how far the outermost quantiles stay from 0 and 1
+    low = [NormalDist().inv_cdf(edge + i / 7 * (0.5 - edge)) for i in range(7)]
+    high = [NormalDist().inv_cdf(0.5 + i / 8 * (0.5 - edge)) for i in range(1, 9)]
+    return tuple(x / high[-1] for x in (*low, 0.0, *high))
+
+
+NF4 = _nf4()
+"""NF4's sixteen levels in [-1, 1]. Source: Dettmers et al., QLoRA, 2023."""
+
+
+def to_nf4(x: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """x in four bits a number: (codes, absmax).
+
+    Every `block` numbers are divided by the largest of their absolute values, `absmax`
+    [ceil(n / block)] in float32, and become the number of the nearest level of `NF4`; codes
+    [ceil(n / 2)] uint8 hold two, the first in the upper four bits.
+
+    Raises ValueError for an odd block, and for values that are not finite.
+
+    >>> codes, absmax = to_nf4(torch.tensor([0.5, -2.0, 0.0, 2.0]))
+    >>> codes.tolist(), absmax.tolist()  # levels 10 and 0, 7 and 15
+    ([160, 127], [2.0])
+    """
+    if block < 2 or block % 2:
+        raise ValueError(f"block={block} must be even and at least 2: a byte holds two codes")
+    if not x.isfinite().all():
+        raise ValueError("x has values that are not finite: they have no place among the levels")
+    flat = x.detach().float().flatten()
+    rows = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    absmax = rows.abs().amax(1)
+    levels = torch.tensor(NF4, device=x.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    scaled = rows / absmax.where(absmax > 0, 1.0)[:, None]
+    codes = torch.bucketize(scaled, middles).to(torch.uint8).view(-1, 2)
+    return (codes[:, 0] * 16 + codes[:, 1])[: -(-len(flat) // 2)], absmax
+
+
+def from_nf4(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], block: int = 64) -> Tensor:
+    """The numbers behind `to_nf4`, float32 of the given shape."""
+    levels = torch.tensor(NF4, device=codes.device)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)  # by byte
+    flat = pairs[codes.int()].flatten()
+    rows = torch.nn.functional.pad(flat, (0, len(absmax) * block - len(flat))).view(-1, block)
+    return (rows * absmax[:, None]).flatten()[: torch.Size(shape).numel()].view(shape)
