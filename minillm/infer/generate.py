@@ -15,6 +15,8 @@ from minillm.model.lm import LM
 from minillm.model.mask import sliding_window_mask
 from minillm.model.seq2seq import Seq2Seq
 
+Observer = Callable[[Tensor, Tensor], None]
+
 
 def generate(
     model: LM | Seq2Seq,
@@ -28,6 +30,7 @@ def generate(
     mask: Tensor | None = None,
     source: Tensor | None = None,
     source_mask: Tensor | None = None,
+    observe: Observer | None = None,
 ) -> Iterator[Tensor]:
     """Continue the prompts `tokens` [b, t]; yields the next token of each, [b], one at a time.
 
@@ -38,6 +41,7 @@ def generate(
     Prompts of different lengths are padded on the left, and `mask` [b, t] is True at their tokens:
     each row then gets what it would get alone. An encoder-decoder continues `tokens` (often one
     start token) as an answer to `source` [b, s], whose padding `source_mask` [b, 1, 1, s] hides.
+    `observe(logits [b, v], new [b])` is called with what each new token was drawn from.
 
     Raises ValueError at once when prompt and answer together do not fit a model whose positions
     come from a table, and for settings that mean nothing.
@@ -56,7 +60,8 @@ def generate(
             f"{tuple(tokens.shape)}, and in each row False, then True up to the end"
         )
     step = _stepper(model, tokens, max_new_tokens, mask, source, source_mask)
-    return _steps(step, tokens, max_new_tokens, (temperature, top_k, top_p, generator), stop)
+    sampling = (temperature, top_k, top_p, generator)
+    return _steps(step, tokens, max_new_tokens, sampling, stop, observe)
 
 
 def _check_length(model: LM | Seq2Seq, tokens: Tensor, max_new_tokens: int) -> None:
@@ -113,6 +118,7 @@ def _steps(
     max_new_tokens: int,
     sampling: tuple[float, int | None, float | None, torch.Generator | None],
     stop: int | None,
+    observe: Observer | None,
 ) -> Iterator[Tensor]:
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
@@ -121,6 +127,8 @@ def _steps(
         with torch.inference_mode():
             logits = step(tokens)
         new = choose(logits, *sampling)
+        if observe is not None:
+            observe(logits, new)
         yield new
         if stop is not None:
             done |= new == stop

@@ -1,0 +1,254 @@
+"""Proximal policy optimization of a language model: four models, one loop that yields each step.
+
+The actor samples responses, a reward function scores them, the reference (the actor as it was)
+says how far it has moved, and the critic guesses what a response will be worth before it is
+finished. Source: Ouyang et al., Training Language Models to Follow Instructions with Human
+Feedback, 2022.
+"""
+
+# b responses, t tokens of a response
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minillm.align.advantages import gae, shaped_rewards, whiten
+from minillm.align.objectives import KLControl, policy_loss, value_loss
+from minillm.align.rollout import (
+    Rollout,
+    actor_critic,
+    response_logp,
+    response_values,
+    roll_out,
+)
+from minillm.align.value import ValueModel
+from minillm.model.lm import LM
+from minillm.tokenizers.bpe import BPE
+from minillm.train.losses import masked_mean
+from minillm.train.optim import clip_grad_norm
+
+Reward = Callable[[Sequence[str], Sequence[str]], Tensor]
+"""n requests, n responses -> a score for each, [n]"""
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The settings of a run; names as in the paper and in most libraries."""
+
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    value_weight: float = 0.5
+    entropy_weight: float = 0.0
+    epochs: int = 4
+    minibatches: int = 4
+    max_norm: float = 1.0
+    """of the gradient, for actor and critic apart"""
+    target_kl: float | None = 0.05
+    """nats a token between old and new policy: an update stops at 1.5 times as much"""
+    max_kl: float | None = None
+    """nats a response from the reference: above it the run ends with an error"""
+    unended: float | None = None
+    """the score of a response without an end marker; None: what the reward says of its text"""
+    whiten: bool = True
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("max_new_tokens", "epochs", "minibatches")}
+        if wrong := {name: n for name, n in counts.items() if n < 1}:
+            raise ValueError(f"{wrong} must be at least 1")
+        limits = {name: getattr(self, name) for name in ("target_kl", "max_kl")}
+        if wrong := {name: x for name, x in limits.items() if x is not None and not x > 0}:
+            raise ValueError(f"{wrong} must be above 0, or None")
+
+
+@dataclass(frozen=True)
+class PPOStep:
+    """What one iteration did: a rollout, and the updates made with it."""
+
+    step: int
+    """counts from 1"""
+    reward: float
+    """mean score of the responses, KL penalty not included"""
+    true_reward: float | None
+    """mean of what is really wanted, where somebody knows it; nothing learns from it"""
+    kl: float
+    """from the reference, nats a response, estimated from the samples"""
+    beta: float
+    clip_share: float
+    approximate_kl: float
+    """of the last minibatch, from the policy that sampled, nats a token"""
+    policy_loss: float
+    value_loss: float
+    explained_variance: float
+    """1 - Var(return - V) / Var(return), before the update: 1 is a perfect critic, 0 a useless"""
+    entropy: float
+    """nats a token"""
+    length: float
+    """tokens a response"""
+    ended: float
+    """share of responses that came to their end"""
+    updates: int
+    """minibatches that were used: fewer than all if the update was stopped early"""
+    samples: tuple[tuple[str, str, float], ...]
+    """a few (request, response, score)"""
+
+
+class KLTooLargeError(ValueError):
+    """The policy has left the neighborhood of the reference."""
+
+
+def ppo(
+    policy: LM,
+    reference: LM,
+    critic: ValueModel,
+    tokenizer: BPE,
+    batches: Iterable[Sequence[tuple[str, Sequence[int]]]],
+    reward: Reward,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    control: KLControl,
+    config: PPOConfig | None = None,
+    true_reward: Reward | None = None,
+    seed: int = 0,
+) -> Iterator[PPOStep]:
+    """Improve `policy` (in place), one iteration for each of `batches`; yields after each.
+
+    A batch holds (request, its tokens as the policy reads them). `optimizers` hold the parameters
+    of actor and critic, together or apart. `reward` sees texts; `true_reward` is only reported.
+
+    Raises ValueError for scores that are not finite, for a reference or critic of another
+    vocabulary, and (`KLTooLargeError`) above `config.max_kl`.
+    """
+    config = config or PPOConfig()
+    sizes = [m.cfg.vocab_size for m in (policy, reference, critic.lm)]
+    if set(sizes) != {tokenizer.vocab_size}:
+        raise ValueError(
+            f"actor, reference and critic have {sizes} tokens, the tokenizer "
+            f"{tokenizer.vocab_size}: all must speak of the same ones"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    end = tokenizer.special_ids[END]
+    sampling = {"temperature": config.temperature, "generator": generator}
+    for number, batch in enumerate(batches, start=1):
+        requests = [request for request, _ in batch]
+        rollout = roll_out(
+            policy, [ids for _, ids in batch], config.max_new_tokens, end, **sampling
+        )
+        responses = [tokenizer.decode(ids) for ids in rollout.responses()]
+        with torch.no_grad():
+            score = reward(requests, responses).float()
+        if config.unended is not None:
+            score = score.where(rollout.ended, config.unended)
+        with torch.no_grad():
+            reference_logp = response_logp(reference, rollout, config.temperature)
+            values = response_values(critic, rollout)
+        kl = (rollout.logp - reference_logp).sum(-1).mean().item()
+        if config.max_kl is not None and kl > config.max_kl:
+            raise KLTooLargeError(
+                f"step {number}: the policy is {kl:.1f} nats a response from the reference, more "
+                f"than max_kl={config.max_kl}; a larger β or a smaller learning rate keeps it near"
+            )
+        rewards = shaped_rewards(score, rollout.logp, reference_logp, rollout.mask, control.beta)
+        told = update(policy, critic, rollout, rewards, values, optimizers, config, generator)
+        shown = zip(requests[:4], responses, score.tolist(), strict=False)
+        yield PPOStep(
+            step=number,
+            reward=score.mean().item(),
+            true_reward=None
+            if true_reward is None
+            else true_reward(requests, responses).mean().item(),
+            kl=kl,
+            beta=control.beta,
+            length=rollout.mask.sum(-1).float().mean().item(),
+            ended=rollout.ended.float().mean().item(),
+            samples=tuple(shown),
+            **told,
+        )
+        control = control.after(kl, len(batch))
+
+
+def update(
+    policy: LM,
+    critic: ValueModel,
+    rollout: Rollout,
+    rewards: Tensor,
+    values: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    config: PPOConfig,
+    generator: torch.Generator,
+) -> dict[str, float | int]:
+    """Epochs of minibatches over one rollout; what `PPOStep` tells of them.
+
+    rewards and values [b, t]. Advantages are those of the critic before the update.
+    """
+    mask, count = rollout.mask, len(rollout.tokens)
+    if config.minibatches > count:
+        raise ValueError(f"minibatches={config.minibatches} of a batch of {count} responses")
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+    error, spread = ((returns - values)[mask].var(), returns[mask].var())
+    if config.whiten:
+        advantages = whiten(advantages, mask)
+    sums: dict[str, list[float]] = {"policy_loss": [], "value_loss": [], "clip_share": []}
+    entropies, updates, moved, stopped = [], 0, 0.0, False
+    for _ in range(config.epochs):
+        order = torch.randperm(count, generator=generator)
+        for places in order.chunk(config.minibatches):
+            part = rollout.rows(places)
+            logp, undecided, now = actor_critic(policy, critic, part, config.temperature)
+            actor = policy_loss(logp, part.logp, advantages[places], part.mask, config.clip)
+            moved = actor.approximate_kl
+            if config.target_kl is not None and moved > 1.5 * config.target_kl:
+                stopped = True
+                break
+            guess = value_loss(now, values[places], returns[places], part.mask, config.value_clip)
+            bonus = masked_mean(undecided, part.mask)
+            total = actor.loss + config.value_weight * guess - config.entropy_weight * bonus
+            _step(total, optimizers, (policy, critic), config.max_norm)
+            updates += 1
+            entropies.append(bonus.item())
+            for name, x in (("policy_loss", actor.loss), ("value_loss", guess)):
+                sums[name].append(x.item())
+            sums["clip_share"].append(actor.clip_share)
+        if stopped:
+            break
+    return {
+        **{name: _mean(each) for name, each in sums.items()},
+        "entropy": _mean(entropies),
+        "approximate_kl": moved,
+        "explained_variance": (1 - error / spread).item() if spread > 0 else math.nan,
+        "updates": updates,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _step(
+    loss: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    models: Sequence[nn.Module],
+    max_norm: float,
+) -> None:
+    """One update of actor and critic, each with a gradient of at most `max_norm`."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    actor = list(models[0].parameters())
+    mine = {id(x) for x in actor}
+    critic = [x for x in models[1].parameters() if id(x) not in mine]
+    for group in (actor, critic):
+        norm = clip_grad_norm([x for x in group if x.grad is not None], max_norm)
+        if not norm.isfinite():
+            raise ValueError(f"the gradient's norm is {norm}, the loss {loss}: nothing was updated")
+    for optimizer in optimizers:
+        optimizer.step()
