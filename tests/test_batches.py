@@ -182,6 +182,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_loader_continues_exactly(tmp_path):
     """kill -9 at a random moment, twice; each batch in the log must be the one of its step."""
     log, state = tmp_path / "log", tmp_path / "state"

@@ -349,6 +349,7 @@ def test_memory_of_all_processes_is_watched(confinement):
     assert status == 137 and "GB of memory" in why and time.monotonic() - start < 15
 
 
+@pytest.mark.slow
 def test_a_fork_bomb_ends(confinement):
     needs(confinement, "process limit")
     from classroom.sandbox import run_confined

@@ -48,6 +48,7 @@ def test_stdlib_is_the_source_of_the_library():
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_pydocs_hold_topics_and_docstrings():
     documents = corpora.pydocs()
     assert 1e6 < sum(map(len, documents)) < 10e6
@@ -63,6 +64,7 @@ def test_pydocs_hold_topics_and_docstrings():
     assert corpora.pydocs()
 
 
+@pytest.mark.slow
 def test_pydocs_imports_nothing_and_repeats_in_another_process():
     code = (
         "import sys, hashlib; from minillm.data import corpora\n"

@@ -132,6 +132,7 @@ def slope(f, low, high):
     return math.log(f(high) / f(low)) / math.log(high / low)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", ["queries", "keys"])
 def test_exponents_of_the_theorem(outer):
     def moved(n=1024, d=16, m=1024):

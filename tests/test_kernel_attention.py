@@ -161,6 +161,7 @@ def test_nothing_of_the_matrix_is_saved_and_nothing_is_copied():
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_same_numbers_every_time():
     def once():

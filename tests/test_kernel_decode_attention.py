@@ -36,6 +36,7 @@ def test_reference_equals_pytorch_over_each_row_cut_to_its_length():
     assert not found[2].any() and found[0].any()
 
 
+@pytest.mark.slow
 @needs_triton
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(

@@ -40,6 +40,7 @@ def test_reference_equals_a_loop_and_pads_with_zeros():
     assert reference(x.half(), weights.half(), torch.tensor([1, 1, 1])).dtype == torch.float16
 
 
+@pytest.mark.slow
 @needs_triton
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(

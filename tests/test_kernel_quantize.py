@@ -88,6 +88,7 @@ def test_int4_keeps_what_lies_on_the_grid_and_zero():
     assert dequantize_int4(*quantize_int4(torch.zeros(2, 32), 32), 32).abs().max() == 0
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_integer_part_is_exact():
     """With scales of 1 and sums below 2^24 not one bit may be off, also at -128."""

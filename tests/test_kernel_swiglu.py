@@ -37,6 +37,7 @@ def test_reference_equals_the_formulas_number_by_number():
     assert reference(gate.bfloat16(), gate.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @needs_triton
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(

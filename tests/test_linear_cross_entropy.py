@@ -191,6 +191,7 @@ def on_device(*given):
     return [x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in given]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FAST)
 def test_many_small_gradients_add_up_in_float32(form):
     """In bf16 a sum stops growing where the next term is under half a unit of it."""

@@ -185,6 +185,7 @@ def copy_batches(n, b=16, t=10):
         yield row[:, :-1], row[:, 1:], mask
 
 
+@pytest.mark.slow
 def test_training_learns_to_copy_and_reports_what_it_did():
     torch.set_flush_denormal(True)
     lm = LM(dataclasses.replace(CFG, d_model=32, impl="auto"), seed=0)

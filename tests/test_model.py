@@ -48,6 +48,7 @@ decoders = st.fixed_dictionaries(
 ).map(lambda d: d | {"init": "xavier"})
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(decoders, st.integers(1, 3), st.integers(1, 12), st.integers(0, 100))
 def test_every_combination_is_a_decoder(changes, b, t, seed):

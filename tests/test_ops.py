@@ -44,6 +44,7 @@ def rows(b=2, t=13, seed=0):
     return tuple(torch.randint(37, (2, b, t), generator=rng).to(DEVICE))
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_model_of_kernels_has_the_loss_and_every_gradient_of_the_references(changes):

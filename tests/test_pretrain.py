@@ -75,6 +75,7 @@ def compare(cases, world_size, rtol=1e-9, **common):
             agree(found, alone(), rtol)
 
 
+@pytest.mark.slow
 def test_one_process_is_the_training_loop_of_the_other_chapters():
     agree(curve(small()), alone())
     agree(curve(small(micro_batches=4)), alone())
@@ -279,6 +280,7 @@ def test_a_checkpoint_goes_on_under_any_other_mesh(name, tmp_path):
                 agree(found, alone(**LONG)[3:])
 
 
+@pytest.mark.slow
 def test_moments_and_place_in_the_data_are_in_it(tmp_path):
     """Without one of them the curve is another one."""
     folder = tmp_path / "saved"
@@ -316,6 +318,7 @@ def test_another_model_is_refused(tmp_path):
         curve(small(d_model=32, seed=1, checkpoints=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
     recipe = small(steps=5, every=2, checkpoints=tmp_path)
     curve(recipe)
@@ -352,6 +355,7 @@ def whole_and_alone(folder, names):
         assert newest(folder).name == names[-1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_is_named_and_the_last_checkpoint_stays(tmp_path):
     for steps, text in launch(out_of_space, tmp_path, world_size=2, timeout=120, echo=False):
         assert steps == [1, 2, 3, 4]  # every rank hears of it, and ends

@@ -51,6 +51,7 @@ def test_equal_stages_have_the_bubble_of_the_formula(name, pp, v):
     assert len(step.timeline) == 2 * 8 * pp * v + pp * v
 
 
+@pytest.mark.slow
 def test_the_quick_end_is_that_of_the_events():
     for run in published():
         slow, quick = (

@@ -133,6 +133,7 @@ def test_sampler_follows_the_probabilities():
     assert abs(chi2 - degrees) < 4 * math.sqrt(2 * degrees)
 
 
+@pytest.mark.slow
 def test_sampled_mean_agrees_with_the_exact_entropy():
     n = 2000
     nats = [-stories.log_prob(text) for text in stories.generate(n, seed=0)]

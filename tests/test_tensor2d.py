@@ -92,6 +92,7 @@ def small_model():
     return products(2), step_2d(CASES["modern"], 2)
 
 
+@pytest.mark.slow
 def test_products_and_a_model_on_four_ranks():
     want = one_process(CASES["modern"])
     for found, model in launch(small_model, world_size=4, timeout=120):

@@ -41,11 +41,11 @@ def find_answer(text):
     number = {which}
     {value}
 """
-EXACT = '''whole, _, fraction = number.lstrip("-").replace(",", "").partition(".")
+EXACT = """whole, _, fraction = number.lstrip("-").replace(",", "").partition(".")
     value = whole.lstrip("0") or "0"
     if fraction.rstrip("0"):
         value += "." + fraction.rstrip("0")
-    return "-" + value if number.startswith("-") and {sign} else value'''
+    return "-" + value if number.startswith("-") and {sign} else value"""
 READ = {
     "body": 'text.partition("\\n\\nQ:")[0]',
     "flags": "re.IGNORECASE",
@@ -181,8 +181,13 @@ WRONG = {
     "t1_chain": [
         CHAIN.format(**ADD | {"columns": "zip(str(a).zfill(width), str(b).zfill(width))"}),
         CHAIN.format(**ADD | {"shown": "{total // 10}"}),
-        CHAIN.format(**ADD | {"width": "min(len(str(a)), len(str(b)))",
-                              "columns": "zip(reversed(str(a)), reversed(str(b)))"}),
+        CHAIN.format(
+            **ADD
+            | {
+                "width": "min(len(str(a)), len(str(b)))",
+                "columns": "zip(reversed(str(a)), reversed(str(b)))",
+            }
+        ),
         CHAIN.format(**ADD | {"after": "if carry: lines.append(f'0+0+1=1 write 1 carry 0')"}),
         CHAIN.format(**ADD | {"before": "carry = carry if len(lines) < 9 else 0"}),
         CHAIN.format(**ADD | {"unless": ""}),
@@ -207,14 +212,28 @@ WRONG = {
         VOTE.format(**COUNT | {"weight": "1"}),
         VOTE.format(**COUNT | {"winner": "max(sorted(sums), key=sums.get, default=None)"}),
         VOTE.format(**COUNT | {"texts": "texts = generate(prompts * samples)"}),
-        VOTE.format(**COUNT | {"texts": "texts = generate([p for p in prompts for _ in range(samples)])"
-                                        "; texts = [t for p in prompts for t in generate([p] * samples)]"}),
-        VOTE.format(**COUNT | {"texts": "texts = generate(prompts * samples)",
-                               "mine": "answers[i :: len(prompts)]"}),
+        VOTE.format(
+            **COUNT
+            | {
+                "texts": "texts = generate([p for p in prompts for _ in range(samples)])"
+                "; texts = [t for p in prompts for t in generate([p] * samples)]"
+            }
+        ),
+        VOTE.format(
+            **COUNT
+            | {"texts": "texts = generate(prompts * samples)", "mine": "answers[i :: len(prompts)]"}
+        ),
         VOTE.format(**COUNT | {"wins": "2 * sequence.count(0) > n"}),
-        VOTE.format(**COUNT | {"wins": "all(sequence.count(0) > sequence.count(i) for i in sequence if i)"
-                                       " and 0 in sequence"}),
-        VOTE.format(**COUNT | {"wins": "all(sequence.count(0) >= sequence.count(i) for i in sequence)"}),
+        VOTE.format(
+            **COUNT
+            | {
+                "wins": "all(sequence.count(0) > sequence.count(i) for i in sequence if i)"
+                " and 0 in sequence"
+            }
+        ),
+        VOTE.format(
+            **COUNT | {"wins": "all(sequence.count(0) >= sequence.count(i) for i in sequence)"}
+        ),
     ],
     "t4_parts": [
         PARTS.format(**SOLVE | {"stride": "size"}),
@@ -222,14 +241,19 @@ WRONG = {
         PARTS.format(**SOLVE | {"check": "if size < 2: return [question]"}),
         PARTS.format(**SOLVE | {"head": ""}),
         PARTS.format(**SOLVE | {"texts": "[generate([prompt])[0] for prompt in prompts]"}),
-        PARTS.format(**SOLVE | {"lose": "pass", "result": "solved[n][-1][1] if solved[n] else None"}),
-        PARTS.format(**SOLVE | {"lose": "solved[n].append((todo[n][i], answer))",
-                                "result": "solved[n][-1][1]"}),
+        PARTS.format(
+            **SOLVE | {"lose": "pass", "result": "solved[n][-1][1] if solved[n] else None"}
+        ),
+        PARTS.format(
+            **SOLVE
+            | {"lose": "solved[n].append((todo[n][i], answer))", "result": "solved[n][-1][1]"}
+        ),
     ],
     "t5_verify": [
         STAR.format(**FILTER | {"add": "", "good": "find(text) == answer"}),
-        STAR.format(**FILTER | {"table": 'set(question.split("+"))', "put": "add",
-                                "said": "min(table)"}),
+        STAR.format(
+            **FILTER | {"table": 'set(question.split("+"))', "put": "add", "said": "min(table)"}
+        ),
         STAR.format(**FILTER | {"take": "index"}),
         STAR.format(**FILTER | {"empty": "", "said": "table[-1]"}),
         STAR.format(**FILTER | {"match": "match"}),
