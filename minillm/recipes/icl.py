@@ -1,9 +1,9 @@
 """Train the zoo's models that learn in context: `python -m minillm.recipes.icl words|regression`.
 
-`icl` reads lines ` fox -> slow` (see `minillm.data.incontext`). A row is <|endoftext|> and 13 such
-lines, half of the rows from tables of facts, half from rules that only their lines tell. What is
-learned is the label of every line, so that one row asks with 0 to 12 demonstrations at once; one
-row in four is learned whole, words and all, so that the model can write lines itself.
+`icl` reads lines ` fox slow` (see `minillm.data.incontext`). It begins with bursts of rules; then a
+row is <|endoftext|> and 13 lines, half of the rows from tables of facts, half from rules that only
+their lines tell. What is learned is the label of every line, so that one row asks with 0 to 12
+demonstrations at once; one row in eight is learned whole, so that the model can write lines itself.
 
 `icl_regression` reads no text but numbers: positions are mixtures of its token vectors, and its
 prediction is one column of the head. Half of the rows have no noise.

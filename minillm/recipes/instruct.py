@@ -77,7 +77,7 @@ class Recipe:
 def document(tokenizer: BPE, rng: random.Random, questions: int) -> Chat:
     """A story with some of its questions, as in the base's pre-training."""
     story = stories.sample(rng.randrange(10**8, 10**9))
-    return storyteller._document(tokenizer, story.text, rng.sample(story.questions, questions))
+    return storyteller.document(tokenizer, story.text, rng.sample(story.questions, questions))
 
 
 def batches(

@@ -17,8 +17,8 @@ finished learning, come more often:
     python -m minillm.recipes.reasoner --go-on --balanced --more add add add line \\
         --steps 1500 --lr 2e-3 --seed 1
 
-It adds two digits reliably. With three and four its steps are mostly right, and the answer that it
-reads off them mostly wrong. `reasoner.log.json` has the numbers, under "before" the first run's.
+It adds numbers of two digits reliably. With three its steps are mostly right,
+and the answer that it reads off them mostly wrong. `reasoner.log.json` has the numbers, under "before" the first run's.
 """
 
 from __future__ import annotations

@@ -86,10 +86,10 @@ class Recipe:
 def question(tokenizer: BPE, story: str, text: str) -> list[int]:
     """The tokens to give to `generate` for an answer to a question about a story."""
     chat = render(tokenizer, [("user", text)], reply=True)
-    return [*_document(tokenizer, story).ids, *chat.ids]
+    return [*document(tokenizer, story).ids, *chat.ids]
 
 
-def _document(tokenizer: BPE, text: str, asked: Sequence[tuple[str, str]] = ()) -> Chat:
+def document(tokenizer: BPE, text: str, asked: Sequence[tuple[str, str]] = ()) -> Chat:
     """A row: its tokens, and True for each that is learned."""
     end = tokenizer.special_ids[END]
     ids = [end, *tokenizer.encode(text), end]
@@ -135,11 +135,11 @@ class Rows:
         """Row i of the run."""
         turn, place = divmod(i, self.recipe.prose_every)
         if place == self.recipe.prose_every - 1:
-            return _document(self.tokenizer, self.prose[turn % len(self.prose)])
+            return document(self.tokenizer, self.prose[turn % len(self.prose)])
         seed = self.recipe.seed * 10**8 + i
         story = stories.sample(seed)
         asked = random.Random(seed).sample(story.questions, self.recipe.questions)
-        return _document(self.tokenizer, story.text, asked)
+        return document(self.tokenizer, story.text, asked)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the run."""
@@ -182,7 +182,7 @@ def story_nll(model: LM, tokenizer: BPE, texts: Sequence[str], batch: int = 32) 
     """-log p(story) in nats, end marker included, for each of `texts`, [n]."""
     found = []
     for start in range(0, len(texts), batch):
-        documents = [_document(tokenizer, text) for text in texts[start : start + batch]]
+        documents = [document(tokenizer, text) for text in texts[start : start + batch]]
         inputs, targets, mask = rows(tokenizer, documents, model.cfg.max_len)
         logits = model(inputs).float()
         nats = logits.logsumexp(-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
@@ -215,7 +215,7 @@ def answered(model: LM, tokenizer: BPE, told: Sequence[Story], batch: int = 16) 
 
 def _all_questions(tokenizer: BPE, story: Story) -> tuple[list[int], ...]:
     """A story with all its questions: tokens, positions, which question (0: the story), mask."""
-    ids = _document(tokenizer, story.text).ids
+    ids = document(tokenizer, story.text).ids
     n = len(ids)
     places, part, learned = list(range(n)), [0] * n, [0] * n
     for number, (q, a) in enumerate(story.questions, start=1):
