@@ -18,7 +18,8 @@ finished learning, come more often:
         --steps 1500 --lr 2e-3 --seed 1
 
 It adds numbers of two digits reliably. With three its steps are mostly right,
-and the answer that it reads off them mostly wrong. `reasoner.log.json` has the numbers, under "before" the first run's.
+and the answer that it reads off them mostly wrong. `reasoner.log.json` has
+the numbers, under "before" the first run's.
 """
 
 from __future__ import annotations
