@@ -13,12 +13,13 @@ MODELS = ASSETS / "models"
 
 
 def names(folder: Path = MODELS) -> list[str]:
-    """The models there are.
+    """The language models there are; for reward models see `minillm.align.reward.load_reward`.
 
     >>> "storyteller" in names()
     True
     """
-    return sorted(path.stem for path in folder.glob("*.safetensors"))
+    found = sorted(path.stem for path in folder.glob("*.safetensors"))
+    return [name for name in found if "reward" not in files.read_card(folder, name)]
 
 
 def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE | None]:

@@ -63,9 +63,12 @@ class Recipe:
     epochs: int = 3
     """over the comparisons"""
     iterations: int = 40
+    """of the arms kl, free and small"""
+    fewer: int = 24
+    """of the other arms"""
     prompts: int = 64
     """an iteration"""
-    ppo_lr: float = 1e-4
+    ppo_lr: float = 2e-4
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """of "kl" and "free"; the other arms take the first three"""
     tested: int = 128
@@ -86,8 +89,10 @@ def run(recipe: Recipe, name: str, seed: int) -> dict[str, Any]:
     judge = load_reward(*place(recipe, judge_name(seed)), tokenizer)
     begun = time.process_time()
     policy = copy.deepcopy(start)
-    settings = {"iterations": recipe.iterations, "prompts": recipe.prompts, "lr": recipe.ppo_lr}
-    steps = list(improve(policy, judge, tokenizer, ARMS[name], seed=seed, **settings))
+    long = name in ("kl", "free", "small")
+    settings = {"prompts": recipe.prompts, "lr": recipe.ppo_lr, "seed": seed}
+    settings["iterations"] = recipe.iterations if long else recipe.fewer
+    steps = list(improve(policy, judge, tokenizer, ARMS[name], **settings))
     curves = {key: [asdict(step)[key] for step in steps] for key in asdict(steps[0])}
     last = [
         {"request": q, "card": a, "proxy": round(r, 3)} for q, a, r in curves.pop("samples")[-1]

@@ -32,7 +32,7 @@ LONGEST = 48
 """tokens of a card, end marker included: a few more than the longest demonstration"""
 TRAINING, JUDGING, IMPROVING, TESTING = (part * 10**6 for part in range(1, 5))
 """seeds of requests: for demonstrations, comparisons, PPO, and those that everybody is tested on"""
-CONFIG = PPOConfig(max_new_tokens=LONGEST, epochs=2)
+CONFIG = PPOConfig(max_new_tokens=LONGEST)
 CONTROL = KLControl(0.1, target=4.0, horizon=256)
 
 
