@@ -13,13 +13,12 @@ MODELS = ASSETS / "models"
 
 
 def names(folder: Path = MODELS) -> list[str]:
-    """The language models there are; for reward models see `minillm.align.reward.load_reward`.
+    """The models there are; those called ..._reward are opened by `align.reward.load_reward`.
 
     >>> "storyteller" in names()
     True
     """
-    found = sorted(path.stem for path in folder.glob("*.safetensors"))
-    return [name for name in found if "reward" not in files.read_card(folder, name)]
+    return sorted(path.stem for path in folder.glob("*.safetensors"))
 
 
 def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE | None]:
@@ -29,7 +28,8 @@ def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE | None]:
 
     Weights and tokenizer must have the SHA-256 that were written down when the model was saved.
 
-    Raises ValueError for an unknown name, listing the known ones, and for a changed file.
+    Raises ValueError for an unknown name, listing the known ones, for a reward model, and for a
+    changed file.
 
     >>> model, tokenizer = load("storyteller")
     >>> model.cfg.vocab_size == tokenizer.vocab_size
@@ -37,6 +37,9 @@ def load(name: str, folder: Path = MODELS) -> tuple[LM, BPE | None]:
     """
     if name not in names(folder):
         raise ValueError(f"there is no model {name!r}; choose one of {names(folder)}")
-    if files.read_card(folder, name)["tokenizer_sha256"] is None:
+    card = files.read_card(folder, name)
+    if "reward" in card:
+        raise ValueError(f"{name} is a reward model: minillm.align.reward.load_reward opens it")
+    if card["tokenizer_sha256"] is None:
         return files.load(folder, name, None), None
     return files.load(folder, name, COURSE_TOKENIZER), load_course_tokenizer()
