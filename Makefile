@@ -14,10 +14,11 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast lectures assignments grade claims kernels bench lint format lock clean clean-env
+.PHONY: help lab test test-fast lectures assignments grade claims kernels bench capstone capstone-quick \
+	lint format lock clean clean-env
 
 help:  ## list these commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(READY): requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d: run make PYTHON=/path/to/python3.12" % v[:2])'
@@ -62,6 +63,12 @@ kernels: $(READY)  ## compile every kernel for four GPUs (none is needed), print
 
 bench: $(READY_TESTS)  ## measure speed and memory, write assets/benchmarks/ (about 5 minutes, quiet machine)
 	@set -e; for script in tests/benchmarks/[!_]*.py; do echo "== $$script"; $(PY) $$script; done
+
+capstone: $(READY)  ## raw text to a model that chats, with a report card (at most 40 minutes on 2 cores)
+	$(PY) -m minillm.recipes.capstone
+
+capstone-quick: $(READY)  ## the same with a smaller model (at most 5 minutes)
+	$(PY) -m minillm.recipes.capstone --quick
 
 lint: $(READY_TESTS)  ## check style, code and notebooks
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
