@@ -43,9 +43,10 @@ def nbval(path, folder, timeout=280):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment.pop("MPLBACKEND", None)  # a kernel draws inline
     environment |= {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / "ipython")}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # nbval is enough
     (folder / "empty.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(folder / "empty.ini")]
-    command += [f"--rootdir={path.parent}", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"--rootdir={path.parent}", "-p", "no:cacheprovider", "-p", "nbval.plugin"]
     command += ["--nbval", "--nbval-current-env", "--nbval-cell-timeout", "120"]
     command += ["--nbval-sanitize-with", str(ROOT / "tests/nbval_sanitize.cfg"), str(path)]
     done = subprocess.run(

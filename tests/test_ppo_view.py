@@ -45,7 +45,7 @@ def test_the_band_shows_every_run():
 
 
 def test_the_table_has_a_number_and_a_color_for_each_token():
-    rows = {"log-ratio": torch.tensor([0.5, -1.0, 0.0]), "reward": [0.0, 0.0, 0.0]}
+    rows = {"log-ratio": torch.tensor([0.5, -1.0, -0.001]), "reward": [0.0, 0.0, 0.0]}
     fig = ppo_view.token_rows(["Dear", " Mia", ","], rows)
     (ax,) = fig.axes
     assert [text.get_text() for text in ax.get_xticklabels()] == ["Dear", "·Mia", ","]

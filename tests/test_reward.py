@@ -56,7 +56,7 @@ def test_the_loss_is_the_mean_over_the_pairs_of_each_row(rows):
     k = max(map(len, rows))
     scores = torch.full((len(rows), k), math.nan, dtype=torch.float64)
     for row, some in zip(scores, rows, strict=True):
-        row[: len(some)] = torch.tensor(some)
+        row[: len(some)] = torch.tensor(some, dtype=torch.float64)
     mask = scores.isfinite()
     scores.requires_grad_(True)
     loss = ranking_loss(scores, mask)

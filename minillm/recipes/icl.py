@@ -11,12 +11,9 @@ prediction is one column of the head. Half of the rows have no noise.
 
 from __future__ import annotations
 
-import itertools
-import json
 import random
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,14 +22,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from minillm.config import ModelConfig
 from minillm.data import incontext
 from minillm.data.incontext import Fact, Line, Mapping
 from minillm.model import LM
-from minillm.model.load import load, save
-from minillm.paths import ASSETS, write_atomically
+from minillm.paths import ASSETS
 from minillm.recipes.icl_regression import (
     Regression,
     judge_regression,
@@ -41,8 +36,9 @@ from minillm.recipes.icl_regression import (
     squared_loss,
     vectors,
 )
+from minillm.recipes.training import Numbered, train_and_ship
 from minillm.tokenizers import BPE, COURSE_TOKENIZER, load_course_tokenizer
-from minillm.train import train
+from minillm.train import Step
 from minillm.train.optim import AdamW, decay_groups
 from minillm.train.schedules import warmup_cosine
 
@@ -96,6 +92,8 @@ class Words:
     """prompts of each kind to judge by"""
     threads: int = 1
     folder: Path = ASSETS / "models"
+    checkpoints: Path | None = None
+    """where to keep checkpoints, to go on from if the run is stopped"""
 
 
 def token_rows(tokenizer: BPE, prompts: Sequence[Sequence[Line]]) -> Tensor:
@@ -119,9 +117,10 @@ def token_rows(tokenizer: BPE, prompts: Sequence[Sequence[Line]]) -> Tensor:
     return torch.tensor([[tokenizer.special_ids[END], *map(one, row)] for row in pieces])
 
 
-def word_batches(recipe: Words, tokenizer: BPE) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def word_batches(recipe: Words, tokenizer: BPE) -> Numbered:
     """Inputs, targets and what is learned, [b, t] each, without end; the same for the same seed."""
-    for step in itertools.count():
+
+    def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
         early = step < recipe.early_steps
         rows, lines = (recipe.early_batch, 9) if early else (recipe.batch, recipe.lines)
         mixture = {"facts": 0.0, "bursts": 1.0} if early else {"facts": 0.5, "bursts": 0.3}
@@ -133,7 +132,9 @@ def word_batches(recipe: Words, tokenizer: BPE) -> Iterator[tuple[Tensor, Tensor
         learned[:, LABEL - 1 :: LINE] = True
         if not early:
             learned[: rows // WHOLE] = True
-        yield tokens[:, :-1], tokens[:, 1:], learned
+        return tokens[:, :-1], tokens[:, 1:], learned
+
+    return Numbered(make)
 
 
 def start_words(model: LM, tokenizer: BPE, recipe: Words) -> None:
@@ -224,36 +225,31 @@ def main(recipe: Words | Regression) -> None:
             return judge_regression(one, recipe)
         return judge_words(one, tokenizer, recipe, recipe.held_out)
 
-    optimizer = AdamW(
-        decay_groups(model, recipe.weight_decay),
-        lr=recipe.lr,
-        betas=(0.9, recipe.beta2),
-        fused=True,
+    def watch(step: Step) -> dict[str, float]:
+        if tokenizer is None or step.step % 250:
+            return {}
+        some = judge_words(model, tokenizer, recipe, 64)
+        return {key: shares[-1] for key, shares in some.items()}
+
+    train_and_ship(
+        name,
+        recipe,
+        model,
+        batches,
+        AdamW(
+            decay_groups(model, recipe.weight_decay),
+            lr=recipe.lr,
+            betas=(0.9, recipe.beta2),
+            fused=True,
+        ),
+        warmup_cosine(recipe.lr, recipe.warmup, recipe.steps, floor=0.01),
+        loss,
+        judge,
+        module="icl",
+        tokenizer=path,
+        log_also=(1, 10),
+        watch=watch,
     )
-    schedule = warmup_cosine(recipe.lr, recipe.warmup, recipe.steps, floor=0.01)
-    loop = train(model, batches, optimizer, schedule, 1.0, steps=recipe.steps, loss_fn=loss)
-    history: list[dict[str, Any]] = []
-    for step in (bar := tqdm(loop, total=recipe.steps, unit="step", mininterval=5)):
-        if step.step % 50 and step.step not in (1, 10):
-            continue
-        history.append(asdict(step))
-        if tokenizer is not None and step.step % 250 == 0:
-            some = judge_words(model, tokenizer, recipe, 64)
-            history[-1] |= {key: shares[-1] for key, shares in some.items()}
-        seen = {key: history[-1][key] for key in ("facts_true", "rules_true") if key in history[-1]}
-        bar.set_postfix(loss=f"{step.loss:.4f}", **seen)
-    save(model.eval(), recipe.folder, name, path)
-    result = {
-        "command": " ".join(["python", "-m", "minillm.recipes.icl", *sys.argv[1:]]),
-        "recipe": {k: v for k, v in asdict(recipe).items() if k != "folder"},
-        "torch": torch.__version__,
-        "seconds": round(history[-1]["seconds"], 1),
-        **judge(load(recipe.folder, name, path)),  # what is judged is what is shipped
-        "steps": history,
-    }
-    path = recipe.folder / f"{name}.log.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-    print({key: result[key] for key in result if key not in ("recipe", "steps")})
 
 
 if __name__ == "__main__":

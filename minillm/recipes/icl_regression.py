@@ -6,7 +6,6 @@ mixtures of its token vectors, and its prediction is one column of the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from minillm.data import incontext
 from minillm.model import LM
 from minillm.paths import ASSETS
+from minillm.recipes.training import Numbered
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,23 @@ class Regression:
     """regressions of each kind to judge by"""
     threads: int = 1
     folder: Path = ASSETS / "models"
+    checkpoints: Path | None = None
+    """where to keep checkpoints, to go on from if the run is stopped"""
 
 
-def regression_batches(recipe: Regression) -> Iterator[tuple[Tensor, Tensor]]:
+def regression_batches(recipe: Regression) -> Numbered:
     """Rows of numbers [b, 1 + 2n, v] and the y that are to be predicted, [b, n]."""
     generator = torch.Generator().manual_seed(recipe.seed)
     v = vectors(recipe)
     noisy = torch.arange(recipe.batch) % 2 == 1
-    while True:
+
+    def make(step: int) -> tuple[Tensor, Tensor]:
         shape = (recipe.batch, recipe.examples, recipe.inputs)
         x, y, _ = incontext.draw_regressions(*shape, 0.0, generator)
         y = y + recipe.noise * noisy[:, None] * torch.randn(y.shape, generator=generator)
-        yield incontext.number_rows(x, y, noisy, v), y
+        return incontext.number_rows(x, y, noisy, v), y
+
+    return Numbered(make, generator)
 
 
 def vectors(recipe: Regression) -> int:

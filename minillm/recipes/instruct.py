@@ -11,19 +11,15 @@ never trained on, by what it says when it always takes the likeliest token.
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from minillm import zoo
 from minillm.align.sft import encode, sft_loss, sft_rows
@@ -33,12 +29,11 @@ from minillm.data.families import Family
 from minillm.data.instructions import Instruction, conversation
 from minillm.infer.batching import complete
 from minillm.model import LM
-from minillm.model.load import load, save
-from minillm.paths import ASSETS, write_atomically
+from minillm.paths import ASSETS
 from minillm.recipes import storyteller
-from minillm.tokenizers import BPE, COURSE_TOKENIZER
+from minillm.recipes.training import Numbered, train_and_ship
+from minillm.tokenizers import BPE
 from minillm.tokenizers.chat import Chat
-from minillm.train import train
 from minillm.train.optim import AdamW, decay_groups
 from minillm.train.schedules import warmup_cosine
 
@@ -72,6 +67,8 @@ class Recipe:
     """stories to judge by"""
     threads: int = 1
     folder: Path = ASSETS / "models"
+    checkpoints: Path | None = None
+    """where to keep checkpoints, to go on from if the run is stopped"""
 
 
 def document(tokenizer: BPE, rng: random.Random, questions: int) -> Chat:
@@ -82,22 +79,23 @@ def document(tokenizer: BPE, rng: random.Random, questions: int) -> Chat:
 
 def batches(
     recipe: Recipe, tokenizer: BPE, max_len: int, leave_out: Collection[str] = ()
-) -> Iterator[tuple[Packed, Tensor, Tensor]]:
+) -> Numbered:
     """Endless (packed rows, targets, mask); a batch depends on the recipe and its number alone.
 
     Families named in `leave_out` are not drawn.
     """
     among = [one for one in families.in_split("train") if one.name not in leave_out]
     rates = [RATES.get(one.name, 1.0) for one in among]
-    step = 0
-    while True:
+
+    def make(step: int) -> tuple[Packed, Tensor, Tensor]:
         rng = random.Random(f"{recipe.seed} {step}")
         asked = [one.sample(rng) for one in rng.choices(among, rates, k=recipe.batch)]
         chats = [encode(conversation(x), tokenizer, recipe.learn) for x in asked]
         chats += [document(tokenizer, rng, recipe.questions) for _ in range(recipe.stories)]
         rows = sft_rows(chats, tokenizer, max_len)
-        yield rows, rows.targets, rows.loss_mask
-        step += 1
+        return rows, rows.targets, rows.loss_mask
+
+    return Numbered(make)
 
 
 @torch.no_grad()
@@ -171,39 +169,20 @@ def main(recipe: Recipe) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(recipe.threads)
     model, tokenizer = zoo.load(recipe.base)
-    optimizer = AdamW(decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98))
-    loop = train(
-        *(model, batches(recipe, tokenizer, model.cfg.max_len), optimizer),
+    train_and_ship(
+        NAME,
+        recipe,
+        model,
+        batches(recipe, tokenizer, model.cfg.max_len),
+        AdamW(decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98)),
         warmup_cosine(recipe.lr, recipe.warmup, recipe.steps, floor=0.01),
-        clip=1.0,
-        steps=recipe.steps,
-        loss_fn=sft_loss,
-    )
-    history: list[dict[str, Any]] = []
-    start = time.process_time()
-    bar = tqdm(loop, total=recipe.steps, unit="step")
-    for step in bar:
-        if step.step % 100 == 0 or step.step in (1, recipe.steps):
-            history.append(asdict(step))
-            bar.set_postfix(loss=f"{step.loss:.3f}")
-    cpu = time.process_time() - start  # all threads; what else ran on the machine counts little
-    save(model, recipe.folder, NAME, COURSE_TOKENIZER)
-    saved = load(recipe.folder, NAME, COURSE_TOKENIZER)  # what is judged is what is shipped
-    base = zoo.load(recipe.base)[0]
-    result = {
-        "command": " ".join(["python", "-m", f"minillm.recipes.{NAME}", *sys.argv[1:]]),
-        "recipe": {key: value for key, value in asdict(recipe).items() if key != "folder"},
-        "torch": torch.__version__,
-        "seconds": round(history[-1]["seconds"], 1),
-        "cpu_seconds": round(cpu, 1),
-        **judge(saved, tokenizer, recipe),
-        "base": judge(base, tokenizer, recipe),
-        "steps": history,
-    }
-    path = recipe.folder / f"{NAME}.log.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-    print(
-        {key: result[key] for key in result if key not in ("recipe", "base", "by_family", "steps")}
+        sft_loss,
+        lambda tuned: {
+            **judge(tuned, tokenizer, recipe),
+            "base": judge(zoo.load(recipe.base)[0], tokenizer, recipe),
+        },
+        log_every=100,
+        log_also=(1, recipe.steps),
     )
 
 

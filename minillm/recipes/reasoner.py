@@ -24,32 +24,28 @@ the numbers, under "before" the first run's.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from minillm.config import ModelConfig
 from minillm.data import reasoning
 from minillm.data.reasoning import CARELESS, KINDS, REVERSE, SORT, Problem
 from minillm.infer.batching import complete
 from minillm.model import LM
-from minillm.model.load import load, save
-from minillm.paths import ASSETS, write_atomically
+from minillm.model.load import load
+from minillm.paths import ASSETS
 from minillm.recipes.storyteller import END, loss, rows
+from minillm.recipes.training import Numbered, train_and_ship
 from minillm.tokenizers import BPE, COURSE_TOKENIZER, load_course_tokenizer
 from minillm.tokenizers.chat import Chat
-from minillm.train import train
 from minillm.train.optim import AdamW, decay_groups
 from minillm.train.schedules import warmup_cosine
 
@@ -90,6 +86,8 @@ class Recipe:
     short rows has few); else as many tokens in all"""
     threads: int = 1
     folder: Path = ASSETS / "models"
+    checkpoints: Path | None = None
+    """where to keep checkpoints, to go on from if the run is stopped"""
 
 
 def pick(rng: random.Random, kinds: Sequence[str] = KINDS) -> Problem:
@@ -119,19 +117,23 @@ def row(
     return Chat([*ids, tokenizer.special_ids[END]], [*mask, True])
 
 
-def batches(recipe: Recipe, tokenizer: BPE) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(recipe: Recipe, tokenizer: BPE) -> Numbered:
     """The batches of the run: rows of about the same length together, to be padded little."""
-    for block in itertools.count():
+
+    @lru_cache(maxsize=1)  # of the block that the run is in
+    def groups(block: int) -> list[list[Chat]]:
         rng = random.Random(recipe.seed * 10**8 + block)
         found = [row(tokenizer, *draw(rng, recipe.more), rng) for _ in range(recipe.rows * BLOCK)]
         found.sort(key=lambda chat: len(chat.ids))
         sizes = [sum(chat.mask) if recipe.balanced else len(chat.ids) for chat in found]
-        seen, groups = 0, [[] for _ in range(BLOCK)]
+        seen, parts = 0, [[] for _ in range(BLOCK)]
         for chat, size in zip(found, sizes, strict=True):
-            groups[seen * BLOCK // sum(sizes)].append(chat)
+            parts[seen * BLOCK // sum(sizes)].append(chat)
             seen += size
-        rng.shuffle(groups)
-        yield from (rows(tokenizer, group, recipe.max_len) for group in groups)
+        rng.shuffle(parts)
+        return parts
+
+    return Numbered(lambda i: rows(tokenizer, groups(i // BLOCK)[i % BLOCK], recipe.max_len))
 
 
 def draw(rng: random.Random, more: Sequence[str] = ()) -> tuple[list[Problem], str, int]:
@@ -188,42 +190,27 @@ def main(recipe: Recipe) -> None:
     """Train, judge, and write weights, config and log."""
     torch.set_flush_denormal(True)
     torch.set_num_threads(recipe.threads)
-    tokenizer, started = load_course_tokenizer(), time.process_time()
+    tokenizer = load_course_tokenizer()
     shape = (tokenizer.vocab_size, recipe.d_model, recipe.n_layers, recipe.n_heads)
     cfg = ModelConfig(*shape, max_len=recipe.max_len, norm="rms", position="rope", mlp="swiglu")
-    model = LM(cfg, seed=recipe.seed)
-    path, before = recipe.folder / f"{NAME}.log.json", {}
+    model, before = LM(cfg, seed=recipe.seed), {}
     if recipe.go_on:
         model = load(recipe.folder, NAME, COURSE_TOKENIZER)
-        before = {"before": json.loads(path.read_text(encoding="utf-8"))}
-    with torch.no_grad():
-        if not recipe.go_on:
+        log = recipe.folder / f"{NAME}.log.json"
+        before = {"before": json.loads(log.read_text(encoding="utf-8"))}
+    else:
+        with torch.no_grad():
             model.tokens.weight.mul_(recipe.embedding_std / model.tokens.weight.std())
-    optimizer = AdamW(decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98))
-    schedule = warmup_cosine(recipe.lr, recipe.warmup, recipe.steps, floor=0.01)
-    source, history = batches(recipe, tokenizer), []
-    loop = train(model, source, optimizer, schedule, 1.0, steps=recipe.steps, loss_fn=loss)
-    bar = tqdm(loop, total=recipe.steps, unit="step")
-    for step in bar:
-        if step.step % 50 == 0 or step.step == 1:
-            history.append(asdict(step))
-            bar.set_postfix(loss=f"{step.loss:.3f}")
-    cpu = time.process_time() - started
-    save(model, recipe.folder, NAME, COURSE_TOKENIZER)
-    saved = load(recipe.folder, NAME, COURSE_TOKENIZER)  # what is judged is what is shipped
-    settings = {key: value for key, value in asdict(recipe).items() if key != "folder"}
-    result = {
-        "command": " ".join(["python", "-m", f"minillm.recipes.{NAME}", *sys.argv[1:]]),
-        "recipe": settings,
-        "torch": torch.__version__,
-        "seconds": round(history[-1]["seconds"], 1),
-        "cpu_seconds": round(cpu, 1),
-        "accuracy": judge(saved, tokenizer, recipe),
-        "steps": history,
-        **before,
-    }
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-    print({key: result[key] for key in result if key not in ("recipe", "steps", "before")})
+    train_and_ship(
+        NAME,
+        recipe,
+        model,
+        batches(recipe, tokenizer),
+        AdamW(decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98)),
+        warmup_cosine(recipe.lr, recipe.warmup, recipe.steps, floor=0.01),
+        loss,
+        lambda one: {"accuracy": judge(one, tokenizer, recipe), **before},
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def token_rows(tokens: Sequence[str], rows: Mapping[str, Sequence[float] | Tenso
         ax.imshow(shares, cmap=_colors(), vmin=-1, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(data):
         ink = "white" if abs(shares[i, j]) > 0.7 else plots.INK
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=11, color=ink)
+        ax.text(
+            j, i, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", fontsize=11, color=ink
+        )
     ax.set_xticks(range(len(tokens)), [visible(token) for token in tokens], rotation=55)
     ax.xaxis.tick_top()
     plt.setp(ax.get_xticklabels(), ha="left", rotation_mode="anchor")

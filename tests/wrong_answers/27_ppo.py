@@ -174,7 +174,7 @@ WRONG = {
         {"mean": "each[mask].mean()"},  # nats a token
         {"x": "(ref_logp - logp)"},
         {"error": "(kl / target - 1)"},
-        {"refuse": "target <= 0 or responses <= 0 or horizon <= 0"},  # NaN passes
+        {"refuse": "math.isnan(kl)"},
         {"gone": "False"},
         {"k3": "x.square() / 2"},
         {"error": "min(kl / target - 1, 0.2)"},
