@@ -34,6 +34,8 @@ endif
 
 $(READY_TESTS): $(READY) tests/requirements.txt
 	$(PIP) -r tests/requirements.txt -c requirements.lock
+	@mkdir -p build
+	-@$(PY) -m pip download --quiet --no-deps --dest build trl==0.11.4  # read by one test, not installed
 	@touch $@
 
 lab: $(READY)  ## set everything up, open JupyterLab on chapter 00

@@ -14,7 +14,7 @@ import torch
 from minillm.align import ppo as module
 from minillm.align.objectives import KLControl
 from minillm.align.ppo import KLTooLargeError, PPOConfig, ppo
-from minillm.align.rollout import Rollout
+from minillm.align.rollout import Rollout, response_logp, roll_out
 from minillm.align.value import ValueModel
 from minillm.config import ModelConfig
 from minillm.model import LM
@@ -443,14 +443,23 @@ def bad(value, place=1):
     return reward
 
 
-def run(reward=points, batches=1, policy=None, critic=None, tokenizer=TOKENIZER, **config):
+def run(
+    reward=points,
+    batches=1,
+    policy=None,
+    critic=None,
+    tokenizer=TOKENIZER,
+    batch=BATCH,
+    reference=None,
+    **config,
+):
     """A short run on BATCH, as a generator."""
     policy = policy or language_model(0, sharpness=8)
     critic = critic or ValueModel(policy)
     optimizer = AdamW(parameters(policy, critic), lr=1e-2, weight_decay=0.0)
-    reference = language_model(0, sharpness=8)
+    reference = reference or language_model(0, sharpness=8)
     settings = PPOConfig(**{"max_new_tokens": 5, "minibatches": 2} | config)
-    parts = (policy, reference, critic, tokenizer, [BATCH] * batches, reward, [optimizer])
+    parts = (policy, reference, critic, tokenizer, [batch] * batches, reward, [optimizer])
     return ppo(*parts, control=KLControl(0.1), config=settings)
 
 
@@ -534,3 +543,109 @@ def test_responses_without_an_end_are_cut_and_scored():
     assert_finite(step)
     (judged,) = run(bad(math.nan), policy=always(2), unended=-3.0)  # then nobody asks the reward
     assert judged.reward == -3
+
+
+@pytest.mark.parametrize("changes", [{"window": 3}, {"window": 4, "position": "alibi"}])
+def test_a_window_is_a_window_in_training_too(changes):
+    """A mask that is given replaces the model's own: what was sampled must be what is learned."""
+    policy = language_model(0, sharpness=20, **changes)
+    rng = torch.Generator().manual_seed(0)
+    rollout = roll_out(policy, PROMPTS, 7, END, generator=rng)
+    with torch.no_grad():
+        torch.testing.assert_close(response_logp(policy, rollout), rollout.logp, atol=1e-5, rtol=0)
+        whole = language_model(0, sharpness=20, **changes | {"window": None})
+        assert (response_logp(whole, rollout) - rollout.logp).abs().max() > 1e-3
+
+
+def test_dropout_is_off():
+    policy = language_model(0, sharpness=8, dropout=0.3)
+    (step,) = run(policy=policy, epochs=1, minibatches=1)
+    assert step.approximate_kl == pytest.approx(0, abs=1e-6)  # nothing has been updated yet
+    assert abs(step.kl) < 1e-5 and not policy.training
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+    long = ("abc", [0] * 20)
+    with pytest.raises(ValueError, match=r"prompt 1 has 20 tokens: with 5 more it exceeds .* 24"):
+        next(run(batch=[BATCH[0], long]))
+    assert next(run(batch=[BATCH[0], ("abc", [0] * 19)])).step == 1
+
+
+def test_there_are_as_many_minibatches_as_asked_for():
+    for count in (1, 2, 3, 4, 5):
+        (step,) = run(epochs=2, minibatches=count, target_kl=None)
+        assert step.updates == 2 * count
+
+
+def test_the_reference_stays_and_the_actor_learns():
+    policy, reference = language_model(0), language_model(0)
+    known = {"control": KLControl(0.1), "config": PPOConfig(max_new_tokens=5, minibatches=2)}
+
+    def steps(reference, critic, learned):
+        optimizers = [AdamW(learned, lr=1e-2)] if learned else []
+        parts = (policy, reference, critic, TOKENIZER, [BATCH], points, optimizers)
+        return list(ppo(*parts, **known))
+
+    apart, shared = ValueModel(policy), ValueModel(reference, share=True)
+    for critic, other in ((apart, policy), (shared, reference)):
+        with pytest.raises(ValueError, match="an optimizer holds parameters of the reference"):
+            steps(other, critic, parameters(policy, critic))
+    for learned, count in (([], 0), (parameters(apart), 1)):
+        with pytest.raises(ValueError, match=f"{count} optimizers hold no parameter of the actor"):
+            steps(reference, apart, learned)
+
+
+@pytest.mark.parametrize("unended", [None, -1.0])
+def test_one_score_for_all_is_refused_with_a_penalty_too(unended):
+    for scores, message in ((lambda q, a: torch.tensor(1.0), r"\(\)"), (one_less, r"\(4,\)")):
+        with pytest.raises(ValueError, match=rf"score {message} must be \[5\], one a response"):
+            next(run(scores, unended=unended))
+
+
+def one_less(requests, responses):
+    return points(requests, responses)[:4]
+
+
+def test_probabilities_that_are_none_are_named():
+    spoiled = language_model(0, sharpness=8)
+    with torch.no_grad():
+        spoiled.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="step 1: the KL from the reference is nan"):
+        next(run(reference=spoiled, max_kl=5.0))
+
+
+def test_one_token_is_a_batch(recwarn):
+    (step,) = run(batch=BATCH[1:2], max_new_tokens=1, minibatches=1)
+    assert step.updates == 4 and step.length == 1
+    assert math.isnan(step.explained_variance)  # of one return there is no variance
+    assert not [w for w in recwarn if "degrees of freedom" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("temperature", 0.0, "above 0"),
+        ("clip", -0.1, "above 0"),
+        ("max_norm", math.nan, "above 0"),
+        ("value_clip", 0.0, "above 0, or None"),
+        ("value_weight", -1.0, "at least 0"),
+        ("entropy_weight", math.nan, "at least 0"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(name, value, rule):
+    with pytest.raises(ValueError, match=rf"'{name}': .* must be {rule}"):
+        PPOConfig(**{name: value})
+
+
+def test_a_control_that_could_not_steer_is_refused():
+    with pytest.raises(ValueError, match="beta=0 stays 0"):
+        KLControl(0.0, target=3.0)
+    assert KLControl(0.0).after(5.0, 64).beta == 0  # without a target it is a choice
+    with pytest.raises(ValueError, match="target=nan above 0 or None"):
+        KLControl(0.1, target=math.nan)
+    control = KLControl(0.1, target=3.0, horizon=12)
+    with pytest.raises(ValueError, match="horizon=12 above a fifth of the 64 responses"):
+        control.after(0.0, 64)
+    with pytest.raises(ValueError, match="kl=nan must be a number"):
+        control.after(math.nan, 5)
+    assert KLControl(0.1, target=3.0, horizon=13).after(0.0, 64).beta > 0

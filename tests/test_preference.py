@@ -310,11 +310,13 @@ def test_a_step_of_grpo_tells_what_happened(tokenizer):
     assert 1 <= stopped[0].updates < 200 and stopped[0].approximate_kl > 1.5e-4
 
 
-def test_equal_scores_leave_grpo_where_it_is(tokenizer):
-    def same(requests, responses):
-        return torch.full((len(responses),), 7.3)
+def test_only_differences_within_a_group_count(tokenizer):
+    """Requests that are worth more than others, whatever is answered, teach nothing."""
 
-    steps = improved(tokenizer, same, steps=3)
+    def by_request(requests, responses):
+        return torch.tensor([float(len(request)) for request in requests])
+
+    steps = improved(tokenizer, by_request, steps=3)
     assert [step.kl for step in steps] == pytest.approx([0, 0, 0], abs=1e-5)
 
 

@@ -88,6 +88,7 @@ def test_rows_of_zeros_and_what_has_no_scale():
 def test_the_error_stays_below_the_bound_and_reaches_it():
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(40, 30).requires_grad_(False).double()
+    linear.weight.copy_(torch.randn(30, 40, generator=generator))
     small = Int8Linear(linear)
     assert torch.equal(small.bias, linear.bias)
     x = torch.randn(500, 40, generator=generator, dtype=torch.double)
@@ -98,7 +99,8 @@ def test_the_error_stays_below_the_bound_and_reaches_it():
     worst = error.sign()
     row = torch.arange(30)
     reached = (small(worst) - linear(worst)).abs()[row, row] / small.bound(worst)[row, row]
-    assert 0.4 < reached.mean() <= 1  # errors spread evenly over the step: half of it on average
+    assert reached.max() <= 1 + 1e-5
+    assert 0.4 < reached.mean() < 0.6  # errors spread evenly over the step: half of it on average
     assert (off / bound).mean() < 0.2  # of an input that knows nothing, much cancels
     # one scale for the whole matrix instead of one a row breaks it
     spread = linear.weight * torch.logspace(-3, 0, 30).double()[:, None]

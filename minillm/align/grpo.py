@@ -116,16 +116,17 @@ def grpo(
         advantages = group_advantages(score, group, scale)
         orders = (torch.randperm(len(rows), generator=generator) for _ in range(config.epochs))
         told, moved = [], 0.0
-        for places in (part for order in orders for part in order.chunk(config.minibatches)):
+        for places in (part for order in orders for part in order.tensor_split(config.minibatches)):
             part = rollout.rows(places)
-            logp, undecided = read_logp(policy, hidden(policy, part), part, config.temperature)
+            told_by, weight = hidden(policy, part), config.entropy_weight
+            logp, undecided = read_logp(policy, told_by, part, config.temperature, weight > 0)
             sides = (logp, part.logp, reference_logp[places], advantages[places], part.mask)
             found = grpo_loss(*sides, config.clip, beta, normalize)
             moved = found.approximate_kl
             if config.target_kl is not None and moved > 1.5 * config.target_kl:
                 break
-            bonus = masked_mean(undecided, part.mask)
-            improve(policy, found.loss - config.entropy_weight * bonus, optimizer, config.max_norm)
+            loss, bonus = found.loss, masked_mean(undecided, part.mask)
+            improve(policy, loss - weight * bonus, optimizer, config.max_norm)
             told.append((found.loss.item(), found.clip_share, bonus.item()))
         loss, clip_share, undecided = torch.tensor(told).view(-1, 3).mean(0).tolist()
         yield PPOStep(

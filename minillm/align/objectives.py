@@ -9,6 +9,7 @@ is divided by (so that a token's weight depends neither on the batch nor on the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,15 +146,27 @@ class KLControl:
     """responses after which β has changed by a fifth at most, in one direction"""
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0 or self.horizon < 1 or (self.target is not None and self.target <= 0):
+        steered = self.target is not None
+        if not self.beta >= 0 or self.horizon < 1 or (steered and not self.target > 0):
             raise ValueError(
                 f"beta={self.beta} must be at least 0, target={self.target} above 0 or None, "
                 f"horizon={self.horizon} at least 1"
             )
+        if steered and self.beta == 0:
+            raise ValueError(f"beta=0 stays 0, whatever it is multiplied by: target={self.target}")
 
     def after(self, kl: float, responses: int) -> KLControl:
-        """The control for the next step, given the mean KL of a response in nats."""
+        """The control for the next step, given the mean KL of a response in nats.
+
+        Raises ValueError for a KL that is not a number, and where a fifth of `responses` is not
+        below the horizon: β could come to 0 and never back.
+        """
         if self.target is None:
             return self
+        if math.isnan(kl) or not 0.2 * responses < self.horizon:
+            raise ValueError(
+                f"kl={kl} must be a number, and horizon={self.horizon} above a fifth of the "
+                f"{responses} responses"
+            )
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return replace(self, beta=self.beta * (1 + error * responses / self.horizon))

@@ -65,9 +65,15 @@ class PPOConfig:
         counts = {name: getattr(self, name) for name in ("max_new_tokens", "epochs", "minibatches")}
         if wrong := {name: n for name, n in counts.items() if n < 1}:
             raise ValueError(f"{wrong} must be at least 1")
-        limits = {name: getattr(self, name) for name in ("target_kl", "max_kl")}
+        limits = {name: getattr(self, name) for name in ("target_kl", "max_kl", "value_clip")}
         if wrong := {name: x for name, x in limits.items() if x is not None and not x > 0}:
             raise ValueError(f"{wrong} must be above 0, or None")
+        sizes = {name: getattr(self, name) for name in ("temperature", "clip", "max_norm")}
+        if wrong := {name: x for name, x in sizes.items() if not x > 0}:
+            raise ValueError(f"{wrong} must be above 0")
+        weights = {name: getattr(self, name) for name in ("value_weight", "entropy_weight")}
+        if wrong := {name: x for name, x in weights.items() if not x >= 0}:
+            raise ValueError(f"{wrong} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class PPOStep:
     policy_loss: float
     value_loss: float
     explained_variance: float
-    """1 - Var(return - V) / Var(return), before the update: 1 is a perfect critic, 0 a useless"""
+    """1 - Var(return - V) / Var(return), before the update: 1 is a perfect critic, 0 a useless;
+    NaN where all returns are equal, so that there is nothing to explain"""
     entropy: float
     """nats a token"""
     length: float
@@ -124,9 +131,11 @@ def ppo(
 
     A batch holds (request, its tokens as the policy reads them). `optimizers` hold the parameters
     of actor and critic, together or apart. `reward` sees texts; `true_reward` is only reported.
+    All models are put into evaluation mode: with dropout two passes of one policy would differ.
 
-    Raises ValueError for scores that are not finite, for a reference or critic of another
-    vocabulary, and (`KLTooLargeError`) above `config.max_kl`.
+    Raises ValueError for scores that are not finite or not one a response, for a reference or
+    critic of another vocabulary, for optimizers that hold nothing of the actor or a part of the
+    reference, for a KL that is not a number, and (`KLTooLargeError`) above `config.max_kl`.
     """
     config = config or PPOConfig()
     sizes = [m.cfg.vocab_size for m in (policy, reference, critic.lm)]
@@ -135,6 +144,9 @@ def ppo(
             f"actor, reference and critic have {sizes} tokens, the tokenizer "
             f"{tokenizer.vocab_size}: all must speak of the same ones"
         )
+    _check_owners(policy, reference, optimizers)
+    for model in (policy, reference, critic):
+        model.eval()
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.special_ids[END]
     sampling = {"temperature": config.temperature, "generator": generator}
@@ -146,12 +158,19 @@ def ppo(
         responses = [tokenizer.decode(ids) for ids in rollout.responses()]
         with torch.no_grad():
             score = reward(requests, responses).float()
+        if score.shape != (len(batch),):  # before `where`, which would broadcast
+            raise ValueError(f"score {tuple(score.shape)} must be [{len(batch)}], one a response")
         if config.unended is not None:
             score = score.where(rollout.ended, config.unended)
         with torch.no_grad():
             reference_logp = response_logp(reference, rollout, config.temperature)
             values = response_values(critic, rollout)
         kl = (rollout.logp - reference_logp).sum(-1).mean().item()
+        if not math.isfinite(kl):
+            raise ValueError(
+                f"step {number}: the KL from the reference is {kl}: actor or reference gives "
+                "no probabilities"
+            )
         if config.max_kl is not None and kl > config.max_kl:
             raise KLTooLargeError(
                 f"step {number}: the policy is {kl:.1f} nats a response from the reference, more "
@@ -176,6 +195,18 @@ def ppo(
         control = control.after(kl, len(batch))
 
 
+def _check_owners(policy: LM, reference: LM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise ValueError if the actor would not learn, or the reference would move along."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
+    if not any(id(p) in held for p in policy.parameters()):
+        raise ValueError(f"{len(optimizers)} optimizers hold no parameter of the actor")
+    if any(id(p) in held for p in reference.parameters()):
+        raise ValueError(
+            "an optimizer holds parameters of the reference: it must be a copy that stays as it is"
+        )
+
+
 def update(
     policy: LM,
     critic: ValueModel,
@@ -194,16 +225,18 @@ def update(
     if config.minibatches > count:
         raise ValueError(f"minibatches={config.minibatches} of a batch of {count} responses")
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    error, spread = ((returns - values)[mask].var(), returns[mask].var())
+    error, spread = (x[mask].var(correction=0) for x in (returns - values, returns))
     if config.whiten:
         advantages = whiten(advantages, mask)
     sums: dict[str, list[float]] = {"policy_loss": [], "value_loss": [], "clip_share": []}
     entropies, updates, moved, stopped = [], 0, 0.0, False
     for _ in range(config.epochs):
         order = torch.randperm(count, generator=generator)
-        for places in order.chunk(config.minibatches):
+        for places in order.tensor_split(config.minibatches):
             part = rollout.rows(places)
-            logp, undecided, now = actor_critic(policy, critic, part, config.temperature)
+            logp, undecided, now = actor_critic(
+                *(policy, critic, part, config.temperature), bonus=config.entropy_weight > 0
+            )
             actor = policy_loss(logp, part.logp, advantages[places], part.mask, config.clip)
             moved = actor.approximate_kl
             if config.target_kl is not None and moved > 1.5 * config.target_kl:

@@ -46,7 +46,8 @@ def _pairs(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     i, j = torch.triu_indices(scores.shape[1], scores.shape[1], 1, device=scores.device)
     real = (mask[:, i] & mask[:, j]).to(scores.dtype)
     scores = scores.where(mask, 0.0)
-    return scores[:, i] - scores[:, j], real / real.sum(-1, keepdim=True)
+    share = real.to(scores.dtype) / real.sum(-1, keepdim=True)
+    return scores[:, i] - scores[:, j], share
 
 
 def ranking_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:

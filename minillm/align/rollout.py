@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from minillm.align.objectives import entropy
 from minillm.align.value import ValueModel
-from minillm.infer.batching import pad_left
+from minillm.infer.batching import check_fits, pad_left
 from minillm.infer.generate import generate
 from minillm.infer.prepare import prepare
 from minillm.model.lm import LM
+from minillm.model.mask import sliding_window_mask
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,14 @@ def roll_out(
 
     The log-probabilities come out of generation itself, at no cost; they are those of the policy
     at that temperature. Gradients are not kept. Raises ValueError without prompts, for an empty
-    one, and for temperature 0: a policy has to try things.
+    one, for prompts that with their responses exceed the context, and for temperature 0: a policy
+    has to try things.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"{len(prompts)} prompts: there must be some, each with a token")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0: a policy is sampled from")
+    check_fits(prompts, max_new_tokens, policy.cfg.max_len)
     tokens, seen = pad_left(prompts, end)
     said: list[Tensor] = []
     found: list[Tensor] = []
@@ -108,21 +110,31 @@ def roll_out(
 def hidden(model: LM, rollout: Rollout) -> Tensor:
     """The last vectors of the states in which the tokens of the responses were chosen: [b, t, d],
     with gradients; one pass of the whole model instead of t of generation."""
-    found = model.hidden(rollout.tokens, rollout.positions, rollout.sight)
+    sight = rollout.sight
+    if model.cfg.window is not None:  # a mask that is given stands in the place of the model's own
+        sight = sight & sliding_window_mask(sight.shape[-1], model.cfg.window, device=sight.device)
+    found = model.hidden(rollout.tokens, rollout.positions, sight)
     return found[:, rollout.prompt - 1 : -1]
 
 
 def read_logp(
-    model: LM, vectors: Tensor, rollout: Rollout, temperature: float = 1.0
+    model: LM, vectors: Tensor, rollout: Rollout, temperature: float = 1.0, bonus: bool = False
 ) -> tuple[Tensor, Tensor]:
     """log π of the sampled tokens and the policy's entropy at each, in nats, from `hidden`: [b, t].
 
-    0 behind the end of a response.
+    0 behind the end of a response. Only with `bonus` does the entropy carry gradients: these cost
+    as much as those of the log-probabilities.
     """
-    logits = (model.head(vectors) * model.cfg.logit_scale).float() / temperature
-    chosen = rollout.tokens[:, rollout.prompt :]
-    logp = logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
-    return logp.where(rollout.mask, 0.0), entropy(logits).where(rollout.mask, 0.0)
+    mask = rollout.mask
+    logits = model.head(vectors[mask]).float()  # what is behind the end needs no probabilities
+    if (scale := model.cfg.logit_scale / temperature) != 1:
+        logits = logits * scale
+    every = logits.log_softmax(-1)
+    chosen = every.gather(-1, rollout.tokens[:, rollout.prompt :][mask][:, None]).squeeze(-1)
+    with torch.set_grad_enabled(bonus and torch.is_grad_enabled()):
+        undecided = -(every.exp() * every).sum(-1)
+    empty = chosen.new_zeros(mask.shape)
+    return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, undecided)
 
 
 def response_logp(model: LM, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -136,11 +148,11 @@ def response_values(critic: ValueModel, rollout: Rollout) -> Tensor:
 
 
 def actor_critic(
-    policy: LM, critic: ValueModel, rollout: Rollout, temperature: float = 1.0
+    policy: LM, critic: ValueModel, rollout: Rollout, temperature: float = 1.0, bonus: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log-probabilities, entropies and values, [b, t] each; of one pass if the body is shared."""
     vectors = hidden(policy, rollout)
-    logp, undecided = read_logp(policy, vectors, rollout, temperature)
+    logp, undecided = read_logp(policy, vectors, rollout, temperature, bonus)
     if critic.lm is not policy:
         vectors = hidden(critic.lm, rollout)
     return logp, undecided, critic.read(vectors).where(rollout.mask, 0.0)

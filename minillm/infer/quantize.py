@@ -104,8 +104,8 @@ def quantize_int8(model: LM) -> LM:
 
     Norms, biases and tables of positions keep their format. A head that is tied to the table still
     shares it. The copy has no gradients and does what the model does: `complete`, `generate`,
-    `prepare` and scoring take it. `quantize_int8(prepare(model))` also keeps the one product for
-    queries, keys and values, the faster order. (`prepare` after it fuses nothing.)
+    `prepare` and scoring take it. (`prepare` finds nothing to fuse in it; to have one product for
+    queries, keys and values, prepare first and quantize then.)
 
     Raises ValueError for weights that are not finite, and where no matrix is left to quantize.
     """

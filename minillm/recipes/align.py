@@ -92,8 +92,8 @@ def run(recipe: Recipe, name: str, seed: int) -> dict[str, Any]:
     long = name in ("kl", "free", "small")
     settings = {"prompts": recipe.prompts, "lr": recipe.ppo_lr, "seed": seed}
     settings["iterations"] = recipe.iterations if long else recipe.fewer
-    steps = list(improve(policy, judge, tokenizer, ARMS[name], **settings))
-    curves = {key: [asdict(step)[key] for step in steps] for key in asdict(steps[0])}
+    steps = [asdict(step) for step in improve(policy, judge, tokenizer, ARMS[name], **settings)]
+    curves = {key: [step[key] for step in steps] for key in steps[0]}
     last = [
         {"request": q, "card": a, "proxy": round(r, 3)} for q, a, r in curves.pop("samples")[-1]
     ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +60,14 @@ def plan(recipe: Recipe) -> list[Stage]:
     ]
 
 
+def _said(arguments: Sequence[str]) -> list[str]:
+    """The arguments without the two that only say where this machine keeps its files."""
+    where = ("--folder", "--card")
+    before = ["", *arguments]
+    pairs = zip(before, arguments, strict=False)
+    return [x for last, x in pairs if not {x, last} & {*where} and not x.startswith(where)]
+
+
 def main(settings: Settings) -> dict[str, Any]:
     """Bring every stage up to date, print the report card and write it as JSON; returns that."""
     done = []
@@ -67,7 +76,7 @@ def main(settings: Settings) -> dict[str, Any]:
         done.append(one)
     print(f"\n{report.table(done)}\n\n{report.samples(done)}")
     card = {
-        "command": " ".join(["python", "-m", "minillm.recipes.capstone", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "minillm.recipes.capstone", *_said(sys.argv[1:])]),
         "torch": torch.__version__,
         "threads": settings.threads,
         "stages": [asdict(one) for one in done],
