@@ -43,6 +43,7 @@ from minillm.recipes.capstone_settings import (
     Tokenizer,
 )
 from minillm.recipes.tokenizer import SPECIAL_TOKENS
+from minillm.recipes.training import Numbered
 from minillm.tokenizers import BPE, train_bpe
 from minillm.tokenizers.pretokenize import DIGITS_PATTERN
 from minillm.train import AdamW, Checkpoints, decay_groups, train, warmup_cosine
@@ -115,28 +116,6 @@ def make_tokenizer(folder: Path, settings: Tokenizer) -> dict[str, Any]:
     each = sum(len(text.encode()) for text in held_out) / sum(map(len, rows))
     made = f"{tokenizer.vocab_size:,} tokens, one for {each:.1f} bytes"
     return {"made": made, "tokens": tokenizer.vocab_size, "bytes_per_token": each}
-
-
-class Numbered:
-    """Batches that depend on their number alone, so that a run can go on at any of them."""
-
-    def __init__(self, batch: Callable[[int], Sequence[Any]]) -> None:
-        self.batch, self.step = batch, 0
-
-    def __iter__(self) -> Numbered:
-        return self
-
-    def __next__(self) -> Sequence[Any]:
-        self.step += 1
-        return self.batch(self.step - 1)
-
-    def state_dict(self) -> dict[str, int]:
-        """The place in the run."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to the place that `state_dict` named."""
-        self.step = state["step"]
 
 
 def fit(

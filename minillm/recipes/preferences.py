@@ -1,4 +1,4 @@
-"""What reward models learn from comparisons: `python -m minillm.recipes.preferences`, 5 minutes.
+"""What reward models learn from comparisons: `python -m minillm.recipes.preferences`, 7 minutes.
 
 *cards* writes two cards for each request, and which is better is said by the true reward, by the
 true reward with noise, or by the answers to four yes/no questions. Every reward model gets equally
