@@ -119,7 +119,7 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
     for part in ("curves", "after", "samples"):
         assert again["runs"][1][part] == whole["runs"][1][part]
     # other settings are another run
-    align.main(replace(plan, ppo_lr=2e-4))
+    align.main(replace(plan, ppo_lr=3e-4))
     assert "mark" not in json.loads(plan.path.read_text(encoding="utf-8"))["runs"][0]
 
 

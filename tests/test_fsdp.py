@@ -186,14 +186,15 @@ def test_planted_faults_are_seen():
 def most_at_once(link):
     """The most bytes of whole parameters seen from within; what may be, and what there are."""
     gc.collect()  # an earlier model, which is a circle of references
+    before = [p for p in gc.get_objects() if type(p) is nn.Parameter]  # not of this model
     lm = LM(replace(EVEN, n_layers=6), 0)
     every, block = (sum(p.nbytes for p in m.parameters()) for m in (lm, lm.blocks[0]))
     group = world(link=link)
     fsdp = FSDP(lm, group)
     del lm
-    # everything that lives in this process, but the shards: also what somebody forgot to free
-    shards = {id(p) for p in fsdp.parameters()}
-    others = [p for p in gc.get_objects() if type(p) is nn.Parameter and id(p) not in shards]
+    # everything that came to live since, but the shards: also what somebody forgot to free
+    known = {id(p) for p in [*before, *fsdp.parameters()]}
+    others = [p for p in gc.get_objects() if type(p) is nn.Parameter and id(p) not in known]
     seen, grads = [], []
 
     def look(*args):

@@ -476,7 +476,7 @@ def test_the_slurm_script(tmp_path):
     for name, text in {
         "srun": 'exec "$@"',
         "scontrol": "echo localhost; echo elsewhere",
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
