@@ -41,7 +41,7 @@ $(READY_TESTS): $(READY) tests/requirements.txt
 lab: $(READY)  ## set everything up, open JupyterLab on chapter 00
 	@$(PY) -m classroom.lab
 
-test: $(READY_TESTS)  ## run all tests, lectures and assignments (about 30 minutes on 2 cores)
+test: $(READY_TESTS)  ## run all tests, lectures and assignments (about 35 minutes on 2 cores)
 	$(PYTEST)
 
 test-fast: $(READY_TESTS)  ## run the tests that need no notebook (under 3 minutes)

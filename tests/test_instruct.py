@@ -213,6 +213,7 @@ def test_small_batches_draw_tasks_wordings_and_examples_as_told():
     assert len({" ".join(row) for row in rendered(Small(), 20)}) > 900
 
 
+@pytest.mark.slow
 def test_the_mixture_is_drawn_at_the_rates_of_its_cap():
     drawn = Counter(" ".join(asked_for(row)) for row in rendered(Small(cap=512), 30))
     for name, rate in proportional_rates(SIZES, 512).items():

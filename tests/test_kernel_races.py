@@ -55,6 +55,7 @@ def test_all_contestants_give_the_same_numbers(name):
     assert titles and len(set(titles)) == len(titles)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_backward_can_be_called_again_and_again_also_when_compiled(monkeypatch):
     from torch._functorch import config  # imports Triton, which must come after kernels.runtime

@@ -472,6 +472,7 @@ def test_the_budget_falls_as_a_cubic():
             AdaLoRAConfig(**{"rank": 8, "steps": 100, **wrong})
 
 
+@pytest.mark.slow
 def test_the_allocator_keeps_what_matters():
     """A problem whose answer is known: one matrix needs rank 3, the others nothing."""
     torch.manual_seed(0)

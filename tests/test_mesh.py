@@ -64,6 +64,7 @@ def test_every_rank_talks_to_its_own_groups():
             assert slow == (along == ("data",))
 
 
+@pytest.mark.slow
 def test_bad_meshes_are_named():
     with pytest.raises(RankError, match="data=2 x tensor=2 must multiply to the 2 ranks"):
         launch(lambda: Mesh({"data": 2, "tensor": 2}), world_size=2)

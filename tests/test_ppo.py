@@ -217,6 +217,7 @@ def difference(start, wanted, monkeypatch, share=False, target_kl=None):
     return numbers, max((a - b).abs().max().item() for a, b in pairs), step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True], ids=["apart", "shared"])
 def test_an_iteration_is_what_the_formulas_say(start, by_hand, monkeypatch, share):
     """Losses, KL, entropy, explained variance, and every parameter after six updates."""

@@ -93,6 +93,7 @@ TWO = [
 ]
 
 
+@pytest.mark.slow
 def test_two_ranks():
     compare(TWO[:1] + TWO[3:], 2)
 

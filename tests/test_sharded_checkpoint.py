@@ -87,6 +87,7 @@ def read_all(folder):
     return newest(folder).name
 
 
+@pytest.mark.slow
 def test_every_layout_loads_under_every_other_and_another_number_of_ranks(tmp_path):
     launch(write_all, tmp_path, world_size=3, timeout=120)
     assert launch(read_all, tmp_path, world_size=2, timeout=120) == ["step_00000003"] * 2
