@@ -329,8 +329,13 @@ def test_what_grpo_refuses(tokenizer):
     with pytest.raises(ValueError, match="minibatches=33 of a batch of 32 responses"):
         improved(tokenizer, config=PPOConfig(6, minibatches=33))
     config = PPOConfig(6, epochs=2, target_kl=None, max_kl=0.05)
-    with pytest.raises(KLTooLargeError, match=r"config.max_kl=0.05"):
+    with pytest.raises(KLTooLargeError, match=r"more than max_kl=0\.05"):
         improved(tokenizer, config=config)
+    for scores in (1.0, [1.0] * 31):  # one score for all would be spread over all
+        with pytest.raises(ValueError, match=r"must be \[32\], one a response"):
+            improved(
+                tokenizer, lambda q, a, s=scores: torch.tensor(s), config=PPOConfig(6, unended=0.0)
+            )
 
 
 def test_unended_responses_get_the_score_they_are_given(tokenizer):

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from minillm.align.advantages import check_mask
 from minillm.align.objectives import Normalize, PolicyLoss, kl_estimate, policy_loss, reduce
-from minillm.align.ppo import KLTooLargeError, PPOConfig, PPOStep, Reward
-from minillm.align.preference import Batch, check_vocabulary, improve, sample
-from minillm.align.rollout import hidden, read_logp, response_logp
+from minillm.align.ppo import PPOConfig, PPOStep, Reward, experience
+from minillm.align.preference import Batch, improve
+from minillm.align.rollout import check_owners, check_vocabulary, hidden, read_logp
 from minillm.model.lm import LM
 from minillm.tokenizers.bpe import BPE
 from minillm.train.losses import masked_mean
@@ -94,6 +94,9 @@ def grpo(
     """
     config = config or PPOConfig()
     check_vocabulary(tokenizer, policy, reference)
+    check_owners(policy, reference, [optimizer])
+    for model in (policy, reference):  # with dropout two passes of one policy would differ
+        model.eval()
     generator = Generator().manual_seed(seed)
     for number, batch in enumerate(batches, start=1):
         rows = [each for each in batch for _ in range(group)]
@@ -101,18 +104,9 @@ def grpo(
             raise ValueError(
                 f"minibatches={config.minibatches} of a batch of {len(rows)} responses"
             )
-        requests = [request for request, _ in rows]
-        limits = (config.max_new_tokens, config.temperature)
-        rollout, responses = sample(policy, tokenizer, rows, *limits, generator)
-        with torch.no_grad():
-            score = reward(requests, responses).float()
-            reference_logp = response_logp(reference, rollout, config.temperature)
-            true = true_reward and true_reward(requests, responses).mean().item()
-        if config.unended is not None:
-            score = score.where(rollout.ended, config.unended)
-        kl = (rollout.logp - reference_logp).sum(-1).mean().item()
-        if config.max_kl is not None and kl > config.max_kl:
-            raise KLTooLargeError(f"step {number}: {kl=:.1f} nats a response, {config.max_kl=}")
+        rollout, score, reference_logp, seen = experience(
+            *(policy, reference, tokenizer, rows, reward, true_reward, config, generator, number)
+        )
         advantages = group_advantages(score, group, scale)
         orders = (torch.randperm(len(rows), generator=generator) for _ in range(config.epochs))
         told, moved = [], 0.0
@@ -131,9 +125,6 @@ def grpo(
         loss, clip_share, undecided = torch.tensor(told).view(-1, 3).mean(0).tolist()
         yield PPOStep(
             step=number,
-            reward=score.mean().item(),
-            true_reward=true,
-            kl=kl,
             beta=beta,
             clip_share=clip_share,
             approximate_kl=moved,
@@ -141,8 +132,6 @@ def grpo(
             value_loss=math.nan,
             explained_variance=math.nan,
             entropy=undecided,
-            length=rollout.mask.sum(-1).float().mean().item(),
-            ended=rollout.ended.float().mean().item(),
             updates=len(told),
-            samples=tuple(zip(requests[:4], responses, score.tolist(), strict=False)),
+            **seen,
         )

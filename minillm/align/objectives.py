@@ -103,9 +103,8 @@ def value_loss(
     return 0.5 * reduce(error, mask, normalize)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """H = -Σ p log p in nats, [..., v] -> [...]: how undecided the policy is at each token."""
-    logp = logits.log_softmax(-1)
+def entropy(logp: Tensor) -> Tensor:
+    """H = -Σ p log p in nats, from all log-probabilities [..., v] -> [...]: how undecided it is."""
     return -(logp.exp() * logp).sum(-1)
 
 

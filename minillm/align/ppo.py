@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from minillm.align.objectives import KLControl, policy_loss, value_loss
 from minillm.align.rollout import (
     Rollout,
     actor_critic,
+    check_owners,
+    check_vocabulary,
     response_logp,
     response_values,
     roll_out,
@@ -138,73 +141,73 @@ def ppo(
     reference, for a KL that is not a number, and (`KLTooLargeError`) above `config.max_kl`.
     """
     config = config or PPOConfig()
-    sizes = [m.cfg.vocab_size for m in (policy, reference, critic.lm)]
-    if set(sizes) != {tokenizer.vocab_size}:
-        raise ValueError(
-            f"actor, reference and critic have {sizes} tokens, the tokenizer "
-            f"{tokenizer.vocab_size}: all must speak of the same ones"
-        )
-    _check_owners(policy, reference, optimizers)
+    check_vocabulary(tokenizer, policy, reference, critic.lm)
+    check_owners(policy, reference, optimizers)
     for model in (policy, reference, critic):
         model.eval()
     generator = torch.Generator().manual_seed(seed)
-    end = tokenizer.special_ids[END]
-    sampling = {"temperature": config.temperature, "generator": generator}
+    models, rewarded = (policy, reference, tokenizer), (reward, true_reward)
     for number, batch in enumerate(batches, start=1):
-        requests = [request for request, _ in batch]
-        rollout = roll_out(
-            policy, [ids for _, ids in batch], config.max_new_tokens, end, **sampling
+        rollout, score, reference_logp, seen = experience(
+            *models, batch, *rewarded, config, generator, number
         )
-        responses = [tokenizer.decode(ids) for ids in rollout.responses()]
         with torch.no_grad():
-            score = reward(requests, responses).float()
-        if score.shape != (len(batch),):  # before `where`, which would broadcast
-            raise ValueError(f"score {tuple(score.shape)} must be [{len(batch)}], one a response")
-        if config.unended is not None:
-            score = score.where(rollout.ended, config.unended)
-        with torch.no_grad():
-            reference_logp = response_logp(reference, rollout, config.temperature)
             values = response_values(critic, rollout)
-        kl = (rollout.logp - reference_logp).sum(-1).mean().item()
-        if not math.isfinite(kl):
-            raise ValueError(
-                f"step {number}: the KL from the reference is {kl}: actor or reference gives "
-                "no probabilities"
-            )
-        if config.max_kl is not None and kl > config.max_kl:
-            raise KLTooLargeError(
-                f"step {number}: the policy is {kl:.1f} nats a response from the reference, more "
-                f"than max_kl={config.max_kl}; a larger β or a smaller learning rate keeps it near"
-            )
         rewards = shaped_rewards(score, rollout.logp, reference_logp, rollout.mask, control.beta)
         told = update(policy, critic, rollout, rewards, values, optimizers, config, generator)
-        shown = zip(requests[:4], responses, score.tolist(), strict=False)
-        yield PPOStep(
-            step=number,
-            reward=score.mean().item(),
-            true_reward=None
-            if true_reward is None
-            else true_reward(requests, responses).mean().item(),
-            kl=kl,
-            beta=control.beta,
-            length=rollout.mask.sum(-1).float().mean().item(),
-            ended=rollout.ended.float().mean().item(),
-            samples=tuple(shown),
-            **told,
-        )
-        control = control.after(kl, len(batch))
+        yield PPOStep(step=number, beta=control.beta, **seen, **told)
+        control = control.after(seen["kl"], len(batch))
 
 
-def _check_owners(policy: LM, reference: LM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raise ValueError if the actor would not learn, or the reference would move along."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    held = {id(p) for group in groups for p in group["params"]}
-    if not any(id(p) in held for p in policy.parameters()):
-        raise ValueError(f"{len(optimizers)} optimizers hold no parameter of the actor")
-    if any(id(p) in held for p in reference.parameters()):
+def experience(
+    policy: LM,
+    reference: LM,
+    tokenizer: BPE,
+    batch: Sequence[tuple[str, Sequence[int]]],
+    reward: Reward,
+    true_reward: Reward | None,
+    config: PPOConfig,
+    generator: torch.Generator,
+    number: int,
+) -> tuple[Rollout, Tensor, Tensor, dict[str, Any]]:
+    """Sample and judge: responses, scores [b], the reference's log-probabilities [b, t], and what
+    `PPOStep` tells of them. Raises ValueError as `ppo` does."""
+    requests, prompts = zip(*batch, strict=True)
+    limits = {"temperature": config.temperature, "generator": generator}
+    end = tokenizer.special_ids[END]
+    rollout = roll_out(policy, prompts, config.max_new_tokens, end, **limits)
+    responses = [tokenizer.decode(ids) for ids in rollout.responses()]
+    with torch.no_grad():
+        score = reward(requests, responses).float()
+        reference_logp = response_logp(reference, rollout, config.temperature)
+    if score.shape != (len(batch),):  # before `where`, which would broadcast
+        raise ValueError(f"score {tuple(score.shape)} must be [{len(batch)}], one a response")
+    if config.unended is not None:
+        score = score.where(rollout.ended, config.unended)
+    kl = (rollout.logp - reference_logp).sum(-1).mean().item()
+    if not math.isfinite(kl):
         raise ValueError(
-            "an optimizer holds parameters of the reference: it must be a copy that stays as it is"
+            f"step {number}: the KL from the reference is {kl}: a model gives no probabilities"
         )
+    if config.max_kl is not None and kl > config.max_kl:
+        raise KLTooLargeError(
+            f"step {number}: the policy is {kl:.1f} nats a response from the reference, more "
+            f"than max_kl={config.max_kl}; a larger β or a smaller learning rate keeps it near"
+        )
+    true = None if true_reward is None else true_reward(requests, responses).mean().item()
+    return (
+        rollout,
+        score,
+        reference_logp,
+        {
+            "reward": score.mean().item(),
+            "true_reward": true,
+            "kl": kl,
+            "length": rollout.mask.sum(-1).float().mean().item(),
+            "ended": rollout.ended.float().mean().item(),
+            "samples": tuple(zip(requests[:4], responses, score.tolist(), strict=False)),
+        },
+    )
 
 
 def update(

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from minillm.align.advantages import check_mask
 from minillm.align.ppo import END, Reward
-from minillm.align.rollout import Rollout, response_logp, roll_out
+from minillm.align.rollout import Rollout, check_vocabulary, response_logp, roll_out
 from minillm.data.batches import pad
 from minillm.data.preferences import Comparison
 from minillm.infer.batching import check_fits, pad_left, prompt_ids
@@ -185,13 +185,6 @@ def expected_best(proxy: Tensor, wanted: Tensor, n: int) -> Tensor:
     share = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
     ranked = wanted.gather(-1, proxy.argsort(stable=True)).double()
     return (ranked * torch.tensor(share, dtype=torch.float64)).sum(-1)
-
-
-def check_vocabulary(tokenizer: BPE, *models: LM) -> None:
-    """ValueError for models of another number of tokens."""
-    sizes = [model.cfg.vocab_size for model in models]
-    if set(sizes) != {tokenizer.vocab_size}:
-        raise ValueError(f"the models have {sizes} tokens, the tokenizer {tokenizer.vocab_size}")
 
 
 def sample(

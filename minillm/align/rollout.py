@@ -10,12 +10,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from minillm.align.objectives import entropy
 from minillm.align.value import ValueModel
 from minillm.infer.batching import check_fits, pad_left
 from minillm.infer.generate import generate
 from minillm.infer.prepare import prepare
 from minillm.model.lm import LM
 from minillm.model.mask import sliding_window_mask
+from minillm.tokenizers.bpe import BPE
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def read_logp(
     every = logits.log_softmax(-1)
     chosen = every.gather(-1, rollout.tokens[:, rollout.prompt :][mask][:, None]).squeeze(-1)
     with torch.set_grad_enabled(bonus and torch.is_grad_enabled()):
-        undecided = -(every.exp() * every).sum(-1)
+        undecided = entropy(every)
     empty = chosen.new_zeros(mask.shape)
     return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, undecided)
 
@@ -156,3 +158,25 @@ def actor_critic(
     if critic.lm is not policy:
         vectors = hidden(critic.lm, rollout)
     return logp, undecided, critic.read(vectors).where(rollout.mask, 0.0)
+
+
+def check_vocabulary(tokenizer: BPE, *models: LM) -> None:
+    """ValueError for models of another number of tokens."""
+    sizes = [model.cfg.vocab_size for model in models]
+    if set(sizes) != {tokenizer.vocab_size}:
+        raise ValueError(
+            f"the models have {sizes} tokens, the tokenizer {tokenizer.vocab_size}: all must "
+            "speak of the same ones"
+        )
+
+
+def check_owners(policy: LM, reference: LM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise ValueError if the actor would not learn, or the reference would move along."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
+    if not any(id(p) in held for p in policy.parameters()):
+        raise ValueError(f"{len(optimizers)} optimizers hold no parameter of the actor")
+    if any(id(p) in held for p in reference.parameters()):
+        raise ValueError(
+            "an optimizer holds parameters of the reference: it must be a copy that stays as it is"
+        )

@@ -137,7 +137,7 @@ def test_losses_and_their_gradients(theirs, trainer, batch):
     for a, b in zip(found, wanted, strict=True):
         same(a.grad, b.grad)
     assert 0 < ours.clip_share == pytest.approx(stats["policy/clipfrac"].item(), rel=1e-6)
-    same(masked_mean(entropy(logits), mask), stats["policy/entropy"])
+    same(masked_mean(entropy(logits.log_softmax(-1)), mask), stats["policy/entropy"])
     # three estimates of the same KL; ours reports the third
     k1, k2, k3 = (
         masked_mean(kl_estimate(batch["old"], batch["logp"], kind), mask)
